@@ -1,0 +1,206 @@
+"""Reading safetensors checkpoints: validated up front, then plain positioned reads of any part of any tensor.
+
+Nothing is memory-mapped: mapped pages count as resident memory, and a streamed pass must stay small.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from alignvec.errors import AlignvecError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: dtype, shape, and for a stored one its file and the byte at which its values begin."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: Path | None = None
+    offset: int = 0
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+class Checkpoint:
+    """An opened safetensors checkpoint: ``tensors`` (name to TensorInfo, in file order) and ``config`` (config.json).
+
+    Holds no open file, so it can be copied and pickled; a file that changed since it was opened is refused when read.
+    """
+
+    def __init__(self, path: Path, tensors: dict[str, TensorInfo], config: dict[str, Any]) -> None:
+        self.path, self.tensors, self.config = path, tensors, config
+        files = {info.file for info in tensors.values() if info.file is not None}
+        self._stamps = {file: _stamp(os.stat(file)) for file in files}
+
+    @classmethod
+    def open(cls, path: str | Path, *, stem: str = "model") -> Checkpoint:
+        """Open a folder (``{stem}.safetensors``, or shards with ``{stem}.safetensors.index.json``) or one file.
+
+        Headers, offsets, sizes and the index are checked now; values are read later. Raises AlignvecError.
+        """
+        path = Path(path)
+        if path.is_file():
+            if path.suffix != ".safetensors":
+                raise AlignvecError(f"{path} is not a .safetensors file: {_advice(path)}")
+            return cls(path, _header(path), _config(path.parent))
+        if not path.is_dir():
+            raise AlignvecError(f"{path} does not exist: give a checkpoint folder or a .safetensors file")
+        single, index = path / f"{stem}.safetensors", path / f"{stem}.safetensors.index.json"
+        if single.exists() and index.exists():
+            raise AlignvecError(f"{path} holds both {single.name} and {index.name}: remove the one that is out of date")
+        if single.exists():
+            return cls(path, _header(single), _config(path))
+        if index.exists():
+            return cls(path, _sharded(index), _config(path))
+        raise AlignvecError(f"{path} holds neither {single.name} nor {index.name}: {_advice(path)}")
+
+    @property
+    def files(self) -> list[Path]:
+        """The shard files, sorted by name."""
+        return sorted(self._stamps)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None, out: Tensor | None = None) -> Tensor:
+        """Values ``start`` to ``stop`` of the flattened tensor, as a flat tensor [stop - start].
+
+        ``out``: a uint8 buffer on the CPU to read into (its beginning is returned, viewed in the tensor's dtype).
+        """
+        info = self.tensors[name]
+        assert info.file is not None
+        size, itemsize = (info.numel if stop is None else stop) - start, info.dtype.itemsize
+        buffer = torch.empty(size * itemsize, dtype=torch.uint8) if out is None else out[: size * itemsize]
+        if size:
+            _read_into(info.file, self._stamps[info.file], info.offset + start * itemsize, buffer)
+        return buffer.view(info.dtype)
+
+    def tensor(self, name: str) -> Tensor:
+        """The whole tensor, in its stored dtype and shape."""
+        return self.read(name).view(self.tensors[name].shape)
+
+
+def _read_into(file: Path, stamp: tuple[int, ...], offset: int, buffer: Tensor) -> None:
+    view = memoryview(buffer.numpy().data)
+    try:
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            if _stamp(os.fstat(descriptor)) != stamp:
+                raise AlignvecError(f"{file} changed after it was opened: open it again")
+            while view:
+                count = os.preadv(descriptor, [view], offset)
+                if not count:
+                    raise AlignvecError(f"{file} ends before its last tensor: the file is truncated")
+                view, offset = view[count:], offset + count
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise AlignvecError(f"{file} cannot be read: {error.strerror or error}") from error
+
+
+def _stamp(stat: os.stat_result) -> tuple[int, ...]:
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def _header(file: Path) -> dict[str, TensorInfo]:
+    """Every tensor of one file, in the order of its bytes; the safetensors library refuses a malformed file."""
+    try:
+        with safe_open(str(file), framework="pt") as opened:
+            names = set(opened.keys())
+        with file.open("rb") as raw:
+            size = int.from_bytes(raw.read(8), "little")
+            header = json.loads(raw.read(size))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AlignvecError(f"{file} is truncated, corrupted or no safetensors file ({error})") from None
+    header.pop("__metadata__", None)
+    if header.keys() != names:
+        raise AlignvecError(f"{file} is corrupted: its header names a tensor twice")
+    tensors = {}
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype = DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise AlignvecError(
+                f"{file}: tensor {name} is stored as {entry['dtype']}, which is not read: use an unquantised checkpoint"
+            )
+        info = TensorInfo(dtype, tuple(entry["shape"]), file, 8 + size + entry["data_offsets"][0])
+        if entry["data_offsets"][1] - entry["data_offsets"][0] != info.nbytes:
+            raise AlignvecError(f"{file}: the offsets of tensor {name} do not fit its shape: the file is corrupted")
+        tensors[name] = info
+    return tensors
+
+
+def _sharded(index: Path) -> dict[str, TensorInfo]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise AlignvecError(f"{index} has no weight_map of tensor names to file names")
+    tensors: dict[str, TensorInfo] = {}
+    for file in sorted(set(weight_map.values())):
+        if file != Path(file).name or "\\" in file or not file.endswith(".safetensors"):
+            raise AlignvecError(f"{index} names the file {file!r}: only .safetensors files beside it are read")
+        shard = index.parent / file
+        if not shard.is_file():
+            raise AlignvecError(f"{index} names the shard {file}, which is missing")
+        stored = _header(shard)
+        named = {name for name, owner in weight_map.items() if owner == file}
+        for name in sorted(named - stored.keys()):
+            raise AlignvecError(f"{index} says that {file} holds {name}, but it does not: was a shard renamed?")
+        for name in sorted(stored.keys() - named):
+            where = f"places it in {weight_map[name]}" if name in weight_map else "does not name it"
+            raise AlignvecError(f"{shard} holds {name}, but the index {where}: was a shard renamed?")
+        tensors.update(stored)
+    return tensors
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file; AlignvecError when it is none."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AlignvecError(f"{file} cannot be read as JSON ({error})") from None
+    if not isinstance(data, dict):
+        raise AlignvecError(f"{file} must hold a JSON object")
+    return data
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    return read_json(file) if file.is_file() else {}
+
+
+def _advice(path: Path) -> str:
+    pickled = path.suffix in (pattern[1:] for pattern in PICKLES) or (
+        path.is_dir() and any(next(path.glob(pattern), None) for pattern in PICKLES)
+    )
+    if pickled:
+        return "pickled checkpoints are not read, convert to safetensors (save_pretrained does)"
+    return "give a safetensors checkpoint"

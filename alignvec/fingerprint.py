@@ -1,0 +1,190 @@
+"""Which base a vector belongs to: a checksum per tensor that loading in another dtype does not change."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alignvec.errors import AlignvecError
+
+WORDS = 4096  # int64 words a row
+ROW = 4 * WORDS  # bfloat16 values a row
+STEP = 128 * ROW  # values converted at a time: 4 MiB of bfloat16
+
+CONFIG_KEYS = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "n_embd",
+    "n_layer",
+    "n_head",
+)
+
+
+class Checksum:
+    """Checksum of a floating tensor given in pieces; how it is cut into pieces does not matter.
+
+    The values, rounded to bfloat16, are laid out as int64 words [rows, 4096] (zero-padded at the end). The sum of every
+    row and of every column, modulo 2**64, and the number of values go through SHA-256, of which 16 hex digits are kept.
+    Integer sums make it the same on every device, and fast: it finds accidents and mix-ups, not forgeries.
+    """
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+        self._columns: Tensor | None = None
+        self._rest: Tensor | None = None  # fewer than ROW values that wait for their row to fill
+        self._count = 0
+
+    def update(self, values: Tensor) -> Checksum:
+        """Take the next values, any shape (read in row-major order), any floating dtype, any device."""
+        values = values.detach().reshape(-1)
+        self._count += values.numel()
+        if self._rest is not None:
+            missing = ROW - self._rest.numel()
+            head = torch.cat([self._rest, values[:missing].to(self._rest)])
+            values = values[missing:]
+            self._rest = None
+            if head.numel() < ROW:
+                self._rest = head
+                return self
+            self._rows(head)
+        whole = values.numel() - values.numel() % ROW
+        for start in range(0, whole, STEP):
+            self._rows(values[start : min(start + STEP, whole)].to(torch.bfloat16))
+        if whole < values.numel():
+            self._rest = values[whole:].to(torch.bfloat16, copy=True)
+        return self
+
+    def hexdigest(self) -> str:
+        """16 hex digits for everything given so far; more may follow."""
+        digest = self._hash.copy()
+        columns = self._columns
+        if self._rest is not None:
+            row = self._words(nn.functional.pad(self._rest, (0, ROW - self._rest.numel())))
+            digest.update(row.sum(1).cpu().numpy().tobytes())
+            columns = row[0] if columns is None else columns + row[0].to(columns.device)
+        if columns is not None:
+            digest.update(columns.cpu().numpy().tobytes())
+        digest.update(self._count.to_bytes(8, "little"))
+        return digest.hexdigest()[:16]
+
+    def _rows(self, values: Tensor) -> None:
+        words = self._words(values)
+        self._hash.update(words.sum(1).cpu().numpy().tobytes())
+        columns = words.sum(0)
+        self._columns = columns if self._columns is None else self._columns.to(columns.device) + columns
+
+    @staticmethod
+    def _words(values: Tensor) -> Tensor:
+        if values.storage_offset() % 4:  # an int64 view has to start on a word
+            values = values.clone()
+        return values.view(torch.int64).view(-1, WORDS)
+
+
+def checksum(tensor: Tensor) -> str:
+    """16 hex digits for the values of a floating tensor, the same in every dtype that holds them, on every device."""
+    return Checksum().update(tensor).hexdigest()
+
+
+@dataclass(frozen=True)
+class TensorIdentity:
+    """Shape, dtype (for information: it is not compared) and checksum of one tensor of the base."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    checksum: str
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """What identifies a base model: the config keys that fix its architecture, and every floating tensor's checksum."""
+
+    config: dict[str, Any]
+    tensors: dict[str, TensorIdentity]
+
+    def differences(self, other: BaseIdentity, *, values: bool = True) -> list[str]:
+        """A line per difference, none when both are the same base; ``values=False`` compares names and shapes only."""
+        lines = [
+            f"config {key}: {self.config[key]} here, {other.config[key]} there"
+            for key in sorted(self.config.keys() & other.config.keys())
+            if self.config[key] != other.config[key]
+        ]
+        for name in [*self.tensors, *(other.tensors.keys() - self.tensors.keys())]:
+            mine, theirs = self.tensors.get(name), other.tensors.get(name)
+            if theirs is None:
+                lines.append(f"{name}: missing there")
+            elif mine is None:
+                lines.append(f"{name}: missing here")
+            elif mine.shape != theirs.shape:
+                lines.append(f"{name}: shape {list(mine.shape)} here, {list(theirs.shape)} there")
+            elif values and mine.checksum != theirs.checksum:
+                lines.append(f"{name}: other values")
+        return lines
+
+    def to_json(self) -> dict[str, Any]:
+        tensors = {
+            name: {"shape": list(tensor.shape), "dtype": tensor.dtype, "checksum": tensor.checksum}
+            for name, tensor in self.tensors.items()
+        }
+        return {"config": self.config, "tensors": tensors}
+
+    @classmethod
+    def from_json(cls, data: Any) -> BaseIdentity:
+        """Raises AlignvecError when ``data`` is not what ``to_json`` gives."""
+        try:
+            tensors = {}
+            for name, entry in data["tensors"].items():
+                shape, dtype, digest = tuple(entry["shape"]), entry["dtype"], entry["checksum"]
+                if not (all(type(size) is int for size in shape) and type(dtype) is str and type(digest) is str):
+                    raise TypeError(name)
+                tensors[name] = TensorIdentity(shape, dtype, digest)
+            return cls(dict(data["config"]), tensors)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise AlignvecError(f"the base's identity is malformed ({type(error).__name__}: {error})") from None
+
+
+def summary(lines: list[str], limit: int = 4) -> str:
+    """The first few of many lines in one sentence part."""
+    more = f"; and {len(lines) - limit} more" if len(lines) > limit else ""
+    return "; ".join(lines[:limit]) + more
+
+
+def identifying(config: Any) -> dict[str, Any]:
+    """The keys of a config (a dict, or transformers' own object) that fix the architecture."""
+    values = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})
+    values = {**values.get("text_config", {}), **values} if isinstance(values.get("text_config"), dict) else values
+    return {key: values[key] for key in CONFIG_KEYS if values.get(key) is not None}
+
+
+def identify(
+    model: nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], config: Any = None
+) -> BaseIdentity:
+    """The identity of a live model (tied parameters once) or of named tensors; one pass, tensor by tensor.
+
+    ``config`` is a dict or a transformers config; a model brings its own. Tensors that are not floating are left out.
+    """
+    if isinstance(model, nn.Module):
+        named: Iterable[tuple[str, Tensor]] = model.named_parameters()
+        config = getattr(model, "config", None) if config is None else config
+    else:
+        named = model.items() if isinstance(model, Mapping) else model
+    tensors = {
+        name: TensorIdentity(tuple(tensor.shape), dtype_name(tensor.dtype), checksum(tensor))
+        for name, tensor in named
+        if tensor.is_floating_point()
+    }
+    return BaseIdentity(identifying(config), tensors)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``"bfloat16"`` for ``torch.bfloat16``."""
+    return str(dtype).removeprefix("torch.")
