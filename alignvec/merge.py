@@ -1,0 +1,248 @@
+"""A mix of vectors into a checkpoint: streamed, rounded once, with the coefficients that the rounding left."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from alignvec.checkpoint import TensorInfo, read_json
+from alignvec.deltas import require_finite
+from alignvec.errors import AlignvecError
+from alignvec.extract import CHUNK, DEPTH, HEADS, parse_dtype, tied_to
+from alignvec.fingerprint import BaseIdentity, Checksum, TensorIdentity, dtype_name, identifying, summary
+from alignvec.progress import bytes_bar
+from alignvec.rounding import ROUNDINGS, RealisedCoefficients, mix_
+from alignvec.sources import Source, StoredSource, local_path, open_source, prefetch
+from alignvec.vector import AlignmentVector
+from alignvec.writer import ShardWriter, output_folder, write_json
+
+__all__ = ["MergeReport", "RealisedCoefficients", "merge", "mix_", "require_base"]
+
+WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".msgpack", ".h5", ".onnx")
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge wrote. ``realised``: least squares of the rounded edit on the vectors, against ``requested``.
+
+    ``values``: floating values of the model; ``changed``: those that the merge moved.
+    """
+
+    output: Path
+    requested: dict[str, float]
+    realised: dict[str, float]
+    values: int
+    changed: int
+    rounding: str
+
+
+def merge(
+    base: str | Path,
+    vectors: Mapping[str, AlignmentVector | str | Path],
+    coefficients: Mapping[str, float],
+    output: str | Path,
+    *,
+    rounding: str = "nearest",
+    seed: int = 0,
+    dtype: str | torch.dtype | None = None,
+    max_shard_size: int | str | None = None,
+    progress: bool = False,
+    transfer: bool = False,
+    overwrite: bool = False,
+) -> MergeReport:
+    """Write ``base + sum_i coefficients[i] * vectors[i]`` as a checkpoint that ``from_pretrained`` loads.
+
+    Sums are float32 (float64 for float64 weights) and rounded once to the base's dtype, or to ``dtype``: ``"nearest"``
+    or ``"stochastic"`` (16-bit dtypes; unbiased, so that the realised coefficients are right; ``seed`` fixes it).
+    The base's shards are kept unless ``max_shard_size`` is given; config, tokenizer and other small files are copied.
+    ``transfer=True`` allows a base with other values (another fine-tuning stage of the same architecture).
+
+    Raises AlignvecError, leaving nothing behind, for vectors of another base, unknown or missing coefficients, ones
+    that are not finite, a result that overflows, and an output that exists.
+    """
+    target = None if dtype is None else parse_dtype(dtype)
+    if rounding not in ROUNDINGS:
+        raise AlignvecError(f"rounding {rounding!r} is not known: choose one of {', '.join(ROUNDINGS)}")
+    check_coefficients(vectors, coefficients)
+    opened = {name: v if isinstance(v, AlignmentVector) else AlignmentVector.load(v) for name, v in vectors.items()}
+    source = open_source(local_path(base))
+    assert isinstance(source, StoredSource)
+    requested = {name: float(coefficients[name]) for name in opened}
+    plan = _Plan(source, opened, target)
+    for label, vector in opened.items():
+        require_base(source, label, vector, values=False)
+    folder = source.checkpoint.path
+    with output_folder(output, overwrite=overwrite, inputs=[folder]) as partial_output:
+        with ShardWriter(partial_output, "model", plan.stored, max_shard_size) as writer:
+            run = _Run(plan, list(requested.values()), rounding, seed, transfer)
+            run.stream(writer, keep_shards=max_shard_size is None and folder.is_dir(), progress=progress)
+            writer.close()
+        realised = dict(zip(opened, run.realised.solve(list(requested.values())), strict=True))
+        values = sum(info.numel for info in plan.stored.values() if info.dtype.is_floating_point)
+        report = MergeReport(Path(output), requested, realised, values, run.changed, rounding)
+        _copy_others(folder if folder.is_dir() else folder.parent, partial_output, target)
+        record = {**dataclasses.asdict(report), "base": source.label}
+        del record["output"]
+        write_json(partial_output / "merge_report.json", record)
+    return report
+
+
+def check_coefficients(vectors: Mapping[str, object], coefficients: Mapping[str, float]) -> None:
+    """One finite coefficient for every vector, or an AlignvecError."""
+    if not vectors:
+        raise AlignvecError("there is no vector: give at least one")
+    for name in coefficients:
+        if name not in vectors:
+            raise AlignvecError(f"no vector is named {name!r}: there are {', '.join(vectors)}")
+    for name in vectors:
+        if name not in coefficients:
+            raise AlignvecError(f"vector {name!r} has no coefficient: give one, 0 to leave it out")
+        if not math.isfinite(coefficients[name]):
+            raise AlignvecError(f"the coefficient of {name!r} is {coefficients[name]}: it must be a finite number")
+
+
+def require_base(source: Source, label: str, vector: AlignmentVector, *, values: bool = True) -> None:
+    """AlignvecError that names the tensors in which ``source`` is not the base of ``vector``.
+
+    ``values=False`` reads nothing and compares names and shapes; a vector that names no base is held to those alone.
+    """
+    heads = {head for head in HEADS if head in source.tensors and not _knows(vector, head) and tied_to(source, head)}
+    for name, info in vector.tensors.items():
+        if name not in source.tensors or source.tensors[name].shape != info.shape:
+            there = f"shape {list(source.tensors[name].shape)}" if name in source.tensors else "no such tensor"
+            raise AlignvecError(
+                f"vector {label!r} does not fit {source.label}: {name} is {list(info.shape)}, the base has {there}"
+            )
+    if vector.base is None:
+        return
+    identities = {}
+    for name, info in source.tensors.items():
+        if info.dtype.is_floating_point and name not in heads:
+            digest = Checksum()
+            for piece in source.chunks(name) if values else ():
+                digest.update(piece)
+            identities[name] = TensorIdentity(info.shape, dtype_name(info.dtype), digest.hexdigest())
+    lines = vector.base.differences(BaseIdentity(identifying(source.config), identities), values=values)
+    if lines:
+        raise AlignvecError(
+            f"vector {label!r} was extracted from another base than {source.label} ({summary(lines)}): use that base"
+            + (", or transfer=True" if values else "")
+        )
+
+
+def _knows(vector: AlignmentVector, name: str) -> bool:
+    return name in vector or (vector.base is not None and name in vector.base.tensors)
+
+
+class _Plan:
+    """Which delta of which vector meets which tensor."""
+
+    def __init__(self, source: StoredSource, vectors: dict[str, AlignmentVector], dtype: torch.dtype | None) -> None:
+        self.source, self.vectors = source, vectors
+        self.stored = {
+            name: TensorInfo(dtype if dtype and info.dtype.is_floating_point else info.dtype, info.shape)
+            for name, info in source.tensors.items()
+        }
+        self.tied = {head: embedding for head in HEADS if (embedding := tied_to(source, head)) is not None}
+
+    def deltas(self, name: str) -> dict[int, tuple[AlignmentVector, str]]:
+        """The vectors, by number, that edit the tensor, and their name for it: a stored copy of a tied head follows
+        its embedding in a vector that knows no head."""
+        found = {}
+        for number, vector in enumerate(self.vectors.values()):
+            known = self.tied[name] if name in self.tied and not _knows(vector, name) else name
+            if known in vector:
+                found[number] = (vector, known)
+        return found
+
+
+class _Run:
+    """One pass over the base."""
+
+    def __init__(self, plan: _Plan, coefficients: list[float], rounding: str, seed: int, transfer: bool) -> None:
+        self.plan, self.coefficients, self.rounding, self.transfer = plan, coefficients, rounding, transfer
+        self.generator = torch.Generator().manual_seed(seed)
+        self.realised = RealisedCoefficients(len(coefficients))
+        self.changed = 0
+
+    def stream(self, writer: ShardWriter, *, keep_shards: bool, progress: bool) -> None:
+        stored, source = self.plan.stored, self.plan.source
+        shards: dict[str, list[str]] = {}
+        for name, info in source.tensors.items():
+            assert info.file is not None
+            shards.setdefault(info.file.name if keep_shards else "", []).append(name)
+        shards = {file: sorted(names, key=lambda name: -stored[name].dtype.itemsize) for file, names in shards.items()}
+        total = sum(info.nbytes for info in source.tensors.values())
+        order = [name for names in shards.values() for name in names]
+        with (
+            bytes_bar("merging", total, shown=progress) as advance,
+            contextlib.closing(prefetch(self._pieces(order), DEPTH)) as jobs,
+        ):
+            for file, names in shards.items():
+                for name in names:
+                    writer.begin(name, stored[name].dtype, stored[name].shape)
+                    checksum = Checksum()
+                    for _ in range(0, source.tensors[name].numel, CHUNK):
+                        base, deltas = next(jobs)
+                        if base.is_floating_point():
+                            checksum.update(base)
+                        writer.write(self._mix(name, base, deltas))
+                        advance(base.nbytes)
+                    writer.end()
+                    self._verify(name, checksum)
+                if keep_shards:
+                    writer.finish_shard(file)
+
+    def _pieces(self, names: list[str]) -> Iterator[Callable[[], tuple[Tensor, dict[int, Tensor]]]]:
+        for name in names:
+            numel, found = self.plan.source.tensors[name].numel, self.plan.deltas(name)
+            for start in range(0, numel, CHUNK):
+                yield partial(self._read, name, found, start, min(start + CHUNK, numel))
+
+    def _read(
+        self, name: str, found: dict[int, tuple[AlignmentVector, str]], start: int, stop: int
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        deltas = {number: vector.read(known, start, stop) for number, (vector, known) in found.items()}
+        return self.plan.source.read(name, start, stop), deltas
+
+    def _mix(self, name: str, base: Tensor, deltas: dict[int, Tensor]) -> Tensor:
+        out = torch.empty(base.shape, dtype=self.plan.stored[name].dtype)
+        used = {number: delta for number, delta in deltas.items() if self.coefficients[number]}
+        if not base.is_floating_point() or (not used and out.dtype == base.dtype):
+            return base
+        mix_(out, base, list(used.values()), [self.coefficients[n] for n in used], self.rounding, self.generator)
+        if used:
+            require_finite(name, out)
+        self.changed += int((out != base).count_nonzero())
+        if name not in self.plan.tied:
+            self.realised.update(base, out, deltas)
+        return out
+
+    def _verify(self, name: str, checksum: Checksum) -> None:
+        for label, vector in self.plan.vectors.items():
+            if self.transfer or vector.base is None or name not in vector.base.tensors:
+                continue
+            if vector.base.tensors[name].checksum != checksum.hexdigest():
+                require_base(self.plan.source, label, vector)  # names all that differ
+
+
+def _copy_others(source: Path, target: Path, dtype: torch.dtype | None) -> None:
+    """Config, tokenizer and whatever else is no weight; the config says which dtype the weights have now."""
+    for file in sorted(source.iterdir()):
+        if file.is_file() and not file.name.endswith(WEIGHTS) and not file.name.startswith("."):
+            shutil.copyfile(file, target / file.name)
+    config = target / "config.json"
+    if dtype is not None and config.is_file():
+        data = read_json(config)
+        for key in [key for key in ("dtype", "torch_dtype") if key in data] or ["dtype"]:
+            data[key] = dtype_name(dtype)
+        write_json(config, data)
