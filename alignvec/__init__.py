@@ -1,0 +1,13 @@
+"""alignvec: alignment vectors applied inside the matmul, dialled at inference time.
+
+Importing this package initialises neither CUDA nor Triton.
+"""
+
+from alignvec.alignment import Alignment
+from alignvec.attach import attach
+from alignvec.errors import AlignvecError
+from alignvec.extract import extract
+from alignvec.vector import AlignmentVector, load
+
+__version__ = "0.1.0"
+__all__ = ["Alignment", "AlignmentVector", "AlignvecError", "attach", "extract", "load", ]

@@ -1,0 +1,212 @@
+"""Alignment: the vectors that live on a model, and the coefficients that dial them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alignvec import ops
+from alignvec.coefficients import Coefficients
+from alignvec.errors import AlignvecError
+from alignvec.modules import Aligned
+
+Mix = Mapping[str, float]
+
+
+@dataclass
+class Swap:
+    """One module of the model and the view that stands in for it, at every place that holds it."""
+
+    original: nn.Module
+    aligned: Aligned
+    places: list[tuple[nn.Module, str]] = field(default_factory=list)
+
+    def put(self, module: nn.Module) -> None:
+        other = self.original if module is self.aligned else self.aligned
+        module.training = other.training
+        for parent, name in self.places:
+            parent._modules[name] = module
+
+
+class Alignment:
+    """The vectors attached to `model` by `alignvec.attach`, and their live coefficients.
+
+    A model begins with every coefficient 0: it answers as the base. `set` and `set_rows` take effect with the next
+    step (forward pass); a step under way keeps the mix it began with, whichever thread writes. Keys and values already
+    in a cache stay as they were written.
+    """
+
+    def __init__(self, model: nn.Module, coefficients: Coefficients, swaps: Sequence[Swap]) -> None:
+        self.model = model
+        self._coefficients = coefficients
+        self._swaps = list(swaps)
+        self._saved: list[tuple[nn.Module, str, Tensor]] | None = None
+        self._attached = False
+        self._attach()
+
+    def __repr__(self) -> str:
+        state = "materialised" if self._saved is not None else "attached" if self._attached else "detached"
+        return f"Alignment({type(self.model).__name__}, {self.coefficients}, {state})"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the attached vectors, in the order of the table's columns."""
+        return self._coefficients.names
+
+    @property
+    def coefficients(self) -> dict[str, float] | list[dict[str, float]]:
+        """What the next step will use: one mix by name, or after `set_rows` a list with one mix per row."""
+        mixes = [dict(zip(self.names, mix, strict=True)) for mix in self._coefficients.mixes]
+        return mixes[0] if len(mixes) == 1 else mixes
+
+    def set(self, mix: Mix | None = None, /, **coefficients: float) -> None:
+        """Give every row of every batch this mix; vectors left out get 0.
+
+        Args:
+            mix: coefficients by name, for names that are no Python identifiers.
+            coefficients: the same, as keywords.
+
+        Raises:
+            AlignvecError: unknown name or a coefficient that is not finite; nothing is changed then.
+        """
+        self._check_live()
+        self._coefficients.write([self._coefficients.mix({**(mix or {}), **coefficients})])
+
+    def set_rows(self, mixes: Sequence[Mix]) -> None:
+        """Give each row of the batch its own mix; vectors left out of a mix get 0.
+
+        With R mixes a batch of B sequences must be a multiple of R, and sequence b takes mix `b * R // B`: beams and
+        `num_return_sequences` follow the prompt that they belong to.
+
+        Raises:
+            AlignvecError: no mixes, more than the table's `max_rows`, an unknown name or a coefficient that is not
+                finite; nothing is changed then. A batch that is no multiple of R is refused when it arrives.
+        """
+        self._check_live()
+        self._coefficients.write([self._coefficients.mix(mix) for mix in mixes])
+
+    @contextlib.contextmanager
+    def using(self, mix: Mix | None = None, /, **coefficients: float) -> Iterator[Alignment]:
+        """`set` for the length of a with block; what was live before comes back, also after an exception."""
+        before = self._coefficients.mixes
+        self.set(mix, **coefficients)
+        try:
+            yield self
+        finally:
+            if self._attached:
+                self._coefficients.write(before)
+
+    def detach(self) -> None:
+        """Put the original modules back: the model is bit for bit what it was before `attach`.
+
+        Raises:
+            AlignvecError: already detached.
+        """
+        if not self._attached:
+            raise AlignvecError("this alignment is already detached; attach the vectors again to use it")
+        if self._saved is not None:
+            self.restore()
+        for swap in self._swaps:
+            swap.put(swap.original)
+        self._hook.remove()
+        del self.model.alignment
+        self._attached = False
+
+    def materialise(self) -> dict[str, float]:
+        """Write the current mix into the live weights, so that the model runs at the speed of a plain one.
+
+        Weights are rounded to the model's dtype, as in any merge; the result says what that did to the coefficients.
+        The original weights are kept in host memory until `restore`.
+
+        Returns:
+            The realised coefficient of each vector: the projection of the rounded edit on it.
+
+        Raises:
+            AlignvecError: rows have different mixes, weights are offloaded, or a mix is already materialised.
+        """
+        from alignvec.merge import RealisedCoefficients, mix_
+
+        self._check_live()
+        if self._coefficients.rows > 1:
+            raise AlignvecError("materialise needs one mix for all rows; call set() with it first")
+        edited = list(self._edited())
+        for module, name, _, _ in edited:
+            if module._parameters[name].device.type == "meta":  # type: ignore[union-attr]
+                raise AlignvecError(f"{type(module).__name__}.{name} is offloaded; materialise needs it in memory")
+        (mix,) = self._coefficients.mixes
+        realised = RealisedCoefficients(len(self.names))
+        saved = []
+        for module, name, stack, columns in edited:
+            weight = module._parameters[name].data  # type: ignore[union-attr]
+            base = weight.to("cpu", copy=True)
+            saved.append((module, name, base))
+            deltas = {column: stack[i] for i, column in enumerate(columns)}
+            mix_(weight, weight, list(deltas.values()), [mix[column] for column in deltas])
+            realised.update(base, weight, deltas)
+        self._saved = saved
+        for swap in self._swaps:
+            swap.put(swap.original)
+        return dict(zip(self.names, realised.solve(), strict=True))
+
+    def restore(self) -> None:
+        """Undo `materialise`: the weights come back bit for bit and the vectors apply on the fly again.
+
+        Raises:
+            AlignvecError: nothing is materialised.
+        """
+        if self._saved is None:
+            raise AlignvecError("nothing is materialised; restore() undoes materialise()")
+        for module, name, base in self._saved:
+            module._parameters[name].data.copy_(base)  # type: ignore[union-attr]
+        self._saved = None
+        for swap in self._swaps:
+            swap.put(swap.aligned)
+
+    def _edited(self) -> Iterator[tuple[nn.Module, str, Tensor, list[int]]]:
+        """Every edited parameter once: its module, its name there, deltas [k, *shape], their columns."""
+        seen = set()
+        for swap in self._swaps:
+            for name, stack in swap.aligned.edit.stacks.items():
+                key = id(swap.original._parameters[name])
+                if key not in seen:
+                    seen.add(key)
+                    yield swap.original, name, stack.tensor, swap.aligned.edit.columns.tolist()
+
+    def _attach(self) -> None:
+        for swap in self._swaps:
+            swap.put(swap.aligned)
+        # The innermost model that sees whole batches: a step may begin there (a backbone called for its hidden states).
+        backbone = getattr(self.model, "base_model", self.model)
+        self._hook = backbone.register_forward_pre_hook(self._begin_step, with_kwargs=True)
+        self.model.alignment = self  # type: ignore[assignment]
+        self._attached = True
+
+    def _begin_step(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._saved is not None:
+            return
+        inputs = kwargs.get("input_ids", args[0] if args else None)
+        inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
+        self._coefficients.batch = None if inputs is None else inputs.shape[0]
+        if torch.compiler.is_compiling():
+            for device in self._coefficients.devices:
+                staged, live = self._coefficients.staged(device), self._coefficients.live(device)
+                ops.publish(staged.table, staged.rows, live.table, live.rows)
+            return
+        rows = self._coefficients.rows
+        if inputs is not None and inputs.shape[0] % rows:
+            raise AlignvecError(
+                f"a batch of {inputs.shape[0]} does not divide over the {rows} rows of coefficients; "
+                "call set_rows with one mix per sequence, or set() for one mix for all"
+            )
+        self._coefficients.publish()
+
+    def _check_live(self) -> None:
+        if not self._attached:
+            raise AlignvecError("this alignment is detached; attach the vectors again to use it")
+        if self._saved is not None:
+            raise AlignvecError("a mix is materialised in the weights; call restore() before dialling another one")

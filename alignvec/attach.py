@@ -1,0 +1,145 @@
+"""attach: one table-driven walk over a model that swaps in a view for every module whose parameters a vector edits."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from alignvec import planner
+from alignvec.alignment import Alignment, Swap
+from alignvec.coefficients import Coefficients
+from alignvec.errors import AlignvecError
+from alignvec.modules import Edit, Stack, view
+from alignvec.names import Delta, live_deltas, parameter_names
+from alignvec.vector import AlignmentVector
+from alignvec.verify import verify_base
+
+MAX_VECTORS = 16
+
+
+def attach(
+    model: nn.Module,
+    vectors: Mapping[str, AlignmentVector | str | os.PathLike[str]],
+    *,
+    transfer: bool = False,
+    max_rows: int = 256,
+    precision: str = "exact",
+    execution: str = "auto",
+    backend: str = "auto",
+) -> Alignment:
+    """Attach alignment vectors to a transformers causal language model, in place, with all coefficients 0.
+
+    Every module whose parameters a vector edits (linear, embedding, norm, head, experts) is replaced by a view that
+    computes `W + c_1 D_1 + ... + c_k D_k` on the fly (arXiv 2410.19206); names, tied weights, `generate`, saving and
+    moving go on as before. `model.alignment` is the result, too.
+
+    Args:
+        model: the base model that the vectors were extracted from.
+        vectors: 1 to 16 vectors, or folders they were saved in, by the name to dial them with.
+        transfer: attach to another model of the same shapes than the one the vectors were extracted from.
+        max_rows: most rows of coefficients that one batch can carry.
+        precision: "exact" realises every coefficient to within 1e-3; "merged" gives what a merge rounded to the
+            model's dtype gives, where all rows share a mix.
+        execution: "split" (one dot per vector), "combine" (the mix formed per tile) or "auto".
+        backend: "triton", "torch" or "auto".
+
+    Raises:
+        AlignvecError: vectors are attached already, none or too many are given, another base (the message names the
+            tensors that differ), tensors that the model lacks, a wrong shape or dtype, NaN or infinity in a delta.
+            The model is unchanged then.
+    """
+    for option, value, allowed in (
+        ("precision", precision, planner.PRECISIONS),
+        ("execution", execution, planner.EXECUTIONS),
+        ("backend", backend, planner.BACKENDS),
+    ):
+        planner.check_choice(option, value, allowed)
+    if getattr(model, "alignment", None) is not None:
+        raise AlignvecError("vectors are already attached to this model; call model.alignment.detach() first")
+    if not 1 <= len(vectors) <= MAX_VECTORS:
+        raise AlignvecError(f"{len(vectors)} vectors were given; attach takes 1 to {MAX_VECTORS}")
+    if not isinstance(max_rows, int) or max_rows < 1:
+        raise AlignvecError(f"max_rows={max_rows} must be a positive integer")
+    loaded = {name: v if isinstance(v, AlignmentVector) else AlignmentVector.load(v) for name, v in vectors.items()}
+    if not transfer:
+        verify_base(model, loaded)
+    names = parameter_names(model)
+    deltas = [live_deltas(model, names, name, vector) for name, vector in loaded.items()]
+    walk = _Walk(model, names, deltas, max_rows, tuple(loaded), (execution, precision, backend))
+    return Alignment(model, walk.coefficients, walk.swaps())
+
+
+class _Walk:
+    """The walk's state: which vectors edit which parameter, and the stacks made so far."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        names: dict[str, str],
+        deltas: list[dict[str, Delta]],
+        max_rows: int,
+        vectors: tuple[str, ...],
+        choices: tuple[str, str, str],
+    ) -> None:
+        self.model, self.names, self.deltas, self.choices = model, names, deltas, choices
+        device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+        planner.resolve_backend(device.type, choices[2])
+        self.coefficients = Coefficients(vectors, max_rows, device)
+        self._stacks: dict[tuple[str, tuple[int, ...]], Stack] = {}
+
+    def swaps(self) -> list[Swap]:
+        """One swap for each module that owns an edited parameter; the model itself is not touched."""
+        places: dict[nn.Module, list[tuple[nn.Module, str]]] = defaultdict(list)
+        paths: dict[nn.Module, str] = {}
+        for path, parent in self.model.named_modules():
+            for name, child in parent._modules.items():
+                if child is not None:
+                    places[child].append((parent, name))
+                    paths.setdefault(child, f"{path}.{name}" if path else name)
+        return [
+            Swap(module, view(module, edit), places[module])
+            for module, path in paths.items()
+            if (edit := self._edit(module, path)) is not None
+        ]
+
+    def _edit(self, module: nn.Module, path: str) -> Edit | None:
+        """What the vectors do to the parameters that `module` itself owns, or None."""
+        owned = {n: self.names[f"{path}.{n}"] for n, p in module._parameters.items() if p is not None}
+        edited = {n: full for n, full in owned.items() if any(full in deltas for deltas in self.deltas)}
+        if not edited:
+            return None
+        columns = tuple(i for i, deltas in enumerate(self.deltas) if any(full in deltas for full in edited.values()))
+        device = execution_device(module)
+        stacks = {
+            name: self._stack(full, module._parameters[name], columns, device) for name, full in edited.items()
+        }
+        return Edit(self.coefficients, columns, stacks, self.choices, device)
+
+    def _stack(self, full: str, parameter: Any, columns: tuple[int, ...], device: torch.device) -> Stack:
+        key = (full, columns)
+        if key not in self._stacks:
+            present = {i: self.deltas[c][full]() for i, c in enumerate(columns) if full in self.deltas[c]}
+            dtypes = {delta.dtype for delta in present.values()}
+            # Different formats meet in one that holds both; bf16 and fp16 hold each other only in fp32.
+            dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+            tensor = torch.zeros(len(columns), *parameter.shape, dtype=dtype, device=device)
+            for i, delta in present.items():
+                tensor[i].copy_(delta)
+            self._stacks[key] = Stack(tensor)
+        return self._stacks[key]
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Where the module computes: its parameters' device, or the one that accelerate brings offloaded ones to."""
+    device = next(p.device for p in module._parameters.values() if p is not None)
+    if device.type != "meta":
+        return device
+    hook = getattr(module, "_hf_hook", None)
+    if getattr(hook, "execution_device", None) is None:
+        raise AlignvecError(f"{type(module).__name__} has parameters on the meta device; load the model's weights first")
+    return torch.device(hook.execution_device)

@@ -1,0 +1,50 @@
+"""`alignvec env`: versions, devices, and which backend would run, with the reason."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+import torch
+
+import alignvec
+from alignvec import planner
+from alignvec.cli.options import console, table
+from alignvec.errors import AlignvecError
+
+PACKAGES = ("torch", "triton", "transformers", "safetensors", "accelerate", "trl", "numpy")
+
+
+def env() -> None:
+    """Show versions, devices and backends.
+
+    Example: alignvec env
+    """
+    rows = table("alignvec", "what", "value", numeric_from=9)
+    rows.add_row("alignvec", alignvec.__version__)
+    rows.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    for package in PACKAGES:
+        try:
+            rows.add_row(package, importlib.metadata.version(package))
+        except importlib.metadata.PackageNotFoundError:
+            rows.add_row(package, "not installed")
+    rows.add_row("cpu threads", str(torch.get_num_threads()))
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        rows.add_row(f"cuda:{index}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+    if not torch.cuda.is_available():
+        rows.add_row("cuda", "no device")
+    for device in ("cpu", "cuda"):
+        rows.add_row(f"backend on {device}", _backend(device))
+    console.print(rows)
+
+
+def _backend(device: str) -> str:
+    if device == "cuda" and not torch.cuda.is_available():
+        return "none: no device"
+    chosen = planner.resolve_backend(device)
+    try:
+        planner.resolve_backend(device, "triton")
+    except AlignvecError as error:
+        return f"{chosen} ({error})"
+    return chosen

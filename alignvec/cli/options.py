@@ -1,0 +1,60 @@
+"""Values that several commands take: NAME=PATH, NAME=NUMBER, and tables on the console."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from alignvec.errors import AlignvecError
+
+console = Console()
+
+
+def pairs(option: str, values: list[str]) -> dict[str, str]:
+    """`["medical=av"]` as `{"medical": "av"}`.
+
+    Raises:
+        AlignvecError: a value without `=`, or a name given twice.
+    """
+    result: dict[str, str] = {}
+    for value in values:
+        name, equals, rest = value.partition("=")
+        if not (name and equals and rest):
+            raise AlignvecError(f"{option} takes NAME=VALUE, not {value!r}")
+        if name in result:
+            raise AlignvecError(f"{option} names {name!r} twice")
+        result[name] = rest
+    return result
+
+
+def vectors(values: list[str]) -> dict[str, Path]:
+    """`--vector medical=folder` options; a folder alone goes by its own name."""
+    return {n: Path(p) for n, p in pairs("--vector", [v if "=" in v else f"{Path(v).name}={v}" for v in values]).items()}
+
+
+def mix(option: str, values: list[str]) -> dict[str, float]:
+    """`["medical=0.7", "legal=-0.3"]`, or the same joined by commas, as coefficients by name."""
+    parsed = pairs(option, [part.strip() for value in values for part in value.split(",") if part.strip()])
+    try:
+        return {name: float(number) for name, number in parsed.items()}
+    except ValueError:
+        raise AlignvecError(f"{option} takes NAME=NUMBER, not {', '.join(values)!r}") from None
+
+
+def table(title: str, *columns: str, numeric_from: int = 1) -> Table:
+    """A plain table whose columns from `numeric_from` on are right-aligned."""
+    made = Table(title=title, title_justify="left", header_style="bold")
+    for i, column in enumerate(columns):
+        made.add_column(column, justify="right" if i >= numeric_from else "left")
+    return made
+
+
+def size(count: float) -> str:
+    """Bytes as B, KB, MB, GB (powers of 1000)."""
+    for unit in ("B", "KB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"

@@ -1,0 +1,138 @@
+"""The coefficient table of an attached model: written by the host in microseconds, read by every kernel of a step."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from alignvec.errors import AlignvecError
+
+# One lock for all tables: it is held for the copy of a few kilobytes, and a plain module global survives deepcopy.
+publish_lock = threading.Lock()
+
+
+@dataclass
+class Table:
+    """`table` float32 [max_rows, n_vectors] and `rows` int32 [1], on one device, at addresses that never change."""
+
+    table: torch.Tensor
+    rows: torch.Tensor
+
+    @classmethod
+    def empty(cls, max_rows: int, n_vectors: int, device: torch.device) -> Table:
+        # Normal tensors even when the caller is in inference mode: later writes may come from outside it.
+        with torch.inference_mode(False):
+            made = cls(
+                torch.zeros(max_rows, n_vectors, dtype=torch.float32, device=device),
+                torch.ones(1, dtype=torch.int32, device=device),
+            )
+        if device.type == "cuda":
+            # Lets inductor's CUDA graphs read the table in place; a copy per replay would freeze the coefficients.
+            torch._dynamo.mark_static_address(made.table)
+            torch._dynamo.mark_static_address(made.rows)
+        return made
+
+    def copy_(self, other: Table) -> None:
+        self.table.copy_(other.table, non_blocking=True)
+        self.rows.copy_(other.rows, non_blocking=True)
+
+
+class Coefficients:
+    """Coefficients of `names` for up to `max_rows` rows, staged by the host and published to the devices once a step.
+
+    A write goes to the *staged* tables. Each step of the model begins by copying staged to *live*, and its kernels read
+    only live: a step that is under way keeps the mix it began with, whatever other threads write meanwhile.
+
+    Row rule: a batch of B sequences over R rows of coefficients gives sequence b row `b * R // B`. One row serves
+    everyone, B rows serve one each, and beams or `num_return_sequences`, which repeat each sequence in place, follow.
+    """
+
+    def __init__(self, names: Sequence[str], max_rows: int, device: torch.device) -> None:
+        self.names = tuple(names)
+        self.max_rows = max_rows
+        self.mixes: list[tuple[float, ...]] = [(0.0,) * len(self.names)]
+        self.batch: int | None = None  # sequences in the step under way
+        self._column = {name: i for i, name in enumerate(self.names)}
+        self._staged: dict[torch.device, Table] = {}
+        self._live: dict[torch.device, Table] = {}
+        self._version = 0
+        self._published: dict[torch.device, int] = {}
+        self.live(device)
+
+    @property
+    def rows(self) -> int:
+        """Rows of coefficients in use: 1 when every sequence shares a mix."""
+        return len(self.mixes)
+
+    def live(self, device: torch.device) -> Table:
+        """The table that kernels on `device` read; made on first use."""
+        if device not in self._live:
+            shape = (self.max_rows, len(self.names))
+            with publish_lock:
+                self._staged[device] = Table.empty(*shape, device)
+                self._live[device] = Table.empty(*shape, device)
+                self._published[device] = -1
+                self._stage(device)
+                self._live[device].copy_(self._staged[device])
+        return self._live[device]
+
+    def staged(self, device: torch.device) -> Table:
+        """The table that the next step on `device` will begin with."""
+        self.live(device)
+        return self._staged[device]
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        return tuple(self._live)
+
+    def mix(self, values: Mapping[str, float], start: Sequence[float] | None = None) -> tuple[float, ...]:
+        """Values by name as one row of the table; names left out keep `start`, or are 0."""
+        row = list(start) if start is not None else [0.0] * len(self.names)
+        for name, value in values.items():
+            column = self._column.get(name)
+            if column is None:
+                known = ", ".join(self.names)
+                raise AlignvecError(f"no vector named {name!r} is attached; the attached ones are: {known}")
+            try:
+                row[column] = float(value)
+            except (TypeError, ValueError):
+                raise AlignvecError(f"the coefficient of {name!r} must be a number, not {value!r}") from None
+            if not math.isfinite(row[column]):
+                raise AlignvecError(f"the coefficient of {name!r} is {value}; it must be finite")
+        return tuple(row)
+
+    def write(self, mixes: Sequence[tuple[float, ...]]) -> None:
+        """Stage one mix per row; the next step uses them. All devices, no synchronisation.
+
+        Raises:
+            AlignvecError: no rows, or more than `max_rows`.
+        """
+        if not 1 <= len(mixes) <= self.max_rows:
+            raise AlignvecError(
+                f"{len(mixes)} rows of coefficients do not fit a table of 1 to {self.max_rows}; "
+                f"attach with max_rows={len(mixes)} or more"
+            )
+        with publish_lock:
+            self.mixes = list(mixes)
+            self._version += 1
+            for device in self._staged:
+                self._stage(device)
+
+    def publish(self) -> None:
+        """Copy staged to live where something was written since; the first act of every step."""
+        with publish_lock:
+            for device, live in self._live.items():
+                if self._published[device] != self._version:
+                    live.copy_(self._staged[device])
+                    self._published[device] = self._version
+
+    def _stage(self, device: torch.device) -> None:
+        staged = self._staged[device]
+        host = torch.tensor(self.mixes, dtype=torch.float32)
+        # Pageable memory on purpose: the driver takes its own copy of so few bytes before the call returns.
+        staged.table[: len(self.mixes)].copy_(host, non_blocking=True)
+        staged.rows.fill_(len(self.mixes))
