@@ -129,7 +129,7 @@ class Alignment:
         Raises:
             AlignvecError: rows have different mixes, weights are offloaded, or a mix is already materialised.
         """
-        from alignvec.merge import RealisedCoefficients, mix_
+        from alignvec.rounding import RealisedCoefficients, mix_
 
         self._check_live()
         if self._coefficients.rows > 1:

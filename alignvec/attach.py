@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ MAX_VECTORS = 16
 
 def attach(
     model: nn.Module,
-    vectors: Mapping[str, AlignmentVector | str | os.PathLike[str]],
+    vectors: Mapping[str, AlignmentVector | str | Path],
     *,
     transfer: bool = False,
     max_rows: int = 256,
@@ -115,9 +115,7 @@ class _Walk:
             return None
         columns = tuple(i for i, deltas in enumerate(self.deltas) if any(full in deltas for full in edited.values()))
         device = execution_device(module)
-        stacks = {
-            name: self._stack(full, module._parameters[name], columns, device) for name, full in edited.items()
-        }
+        stacks = {name: self._stack(full, module._parameters[name], columns, device) for name, full in edited.items()}
         return Edit(self.coefficients, columns, stacks, self.choices, device)
 
     def _stack(self, full: str, parameter: Any, columns: tuple[int, ...], device: torch.device) -> Stack:
@@ -139,7 +137,9 @@ def execution_device(module: nn.Module) -> torch.device:
     device = next(p.device for p in module._parameters.values() if p is not None)
     if device.type != "meta":
         return device
-    hook = getattr(module, "_hf_hook", None)
-    if getattr(hook, "execution_device", None) is None:
-        raise AlignvecError(f"{type(module).__name__} has parameters on the meta device; load the model's weights first")
-    return torch.device(hook.execution_device)
+    brought_to = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    if brought_to is None:
+        raise AlignvecError(
+            f"{type(module).__name__} has parameters on the meta device; load the model's weights first"
+        )
+    return torch.device(brought_to)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -15,30 +16,55 @@ from alignvec.errors import AlignvecError
 publish_lock = threading.Lock()
 
 
-@dataclass
 class Table:
     """`table` float32 [max_rows, n_vectors] and `rows` int32 [1], on one device, at addresses that never change."""
 
-    table: torch.Tensor
-    rows: torch.Tensor
-
-    @classmethod
-    def empty(cls, max_rows: int, n_vectors: int, device: torch.device) -> Table:
+    def __init__(self, max_rows: int, n_vectors: int, device: torch.device) -> None:
         # Normal tensors even when the caller is in inference mode: later writes may come from outside it.
         with torch.inference_mode(False):
-            made = cls(
-                torch.zeros(max_rows, n_vectors, dtype=torch.float32, device=device),
-                torch.ones(1, dtype=torch.int32, device=device),
-            )
-        if device.type == "cuda":
-            # Lets inductor's CUDA graphs read the table in place; a copy per replay would freeze the coefficients.
-            torch._dynamo.mark_static_address(made.table)
-            torch._dynamo.mark_static_address(made.rows)
-        return made
+            self.table = torch.zeros(max_rows, n_vectors, dtype=torch.float32, device=device)
+            self.rows = torch.ones(1, dtype=torch.int32, device=device)
+        self._settle()
 
-    def copy_(self, other: Table) -> None:
-        self.table.copy_(other.table, non_blocking=True)
-        self.rows.copy_(other.rows, non_blocking=True)
+    def _settle(self) -> None:
+        self._used: torch.cuda.Event | None = None
+        if self.table.device.type == "cuda":
+            # Lets inductor's CUDA graphs read the table in place; a copy per replay would freeze the coefficients.
+            torch._dynamo.mark_static_address(self.table)
+            torch._dynamo.mark_static_address(self.rows)
+            self._used = torch.cuda.Event()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Table:
+        twin = Table.__new__(Table)  # events cannot be copied; modules refer to these very tensors, so memo decides
+        twin.table, twin.rows = copy.deepcopy(self.table, memo), copy.deepcopy(self.rows, memo)
+        twin._settle()
+        return twin
+
+    def copy_(self, table: torch.Tensor, rows: torch.Tensor | int) -> None:
+        """Take over the first rows, and how many are in use."""
+        with self._ordered():
+            # From pageable host memory on purpose: the driver takes its own copy of so few bytes before it returns.
+            self.table[: len(table)].copy_(table, non_blocking=True)
+            if isinstance(rows, int):
+                self.rows.fill_(rows)
+            else:
+                self.rows.copy_(rows, non_blocking=True)
+
+    def copy_to(self, other: Table) -> None:
+        """Publish into `other`."""
+        with self._ordered():
+            other.copy_(self.table, self.rows)
+
+    @contextlib.contextmanager
+    def _ordered(self) -> Iterator[None]:
+        """On CUDA: after the last use of this table on any stream, and before the next."""
+        if self._used is None or _capturing(self.table.device):
+            yield
+            return
+        stream = torch.cuda.current_stream(self.table.device)
+        stream.wait_event(self._used)
+        yield
+        self._used.record(stream)
 
 
 class Coefficients:
@@ -71,13 +97,12 @@ class Coefficients:
     def live(self, device: torch.device) -> Table:
         """The table that kernels on `device` read; made on first use."""
         if device not in self._live:
-            shape = (self.max_rows, len(self.names))
             with publish_lock:
-                self._staged[device] = Table.empty(*shape, device)
-                self._live[device] = Table.empty(*shape, device)
-                self._published[device] = -1
+                self._staged[device] = Table(self.max_rows, len(self.names), device)
+                self._live[device] = Table(self.max_rows, len(self.names), device)
                 self._stage(device)
-                self._live[device].copy_(self._staged[device])
+                self._staged[device].copy_to(self._live[device])
+                self._published[device] = self._version
         return self._live[device]
 
     def staged(self, device: torch.device) -> Table:
@@ -123,16 +148,19 @@ class Coefficients:
                 self._stage(device)
 
     def publish(self) -> None:
-        """Copy staged to live where something was written since; the first act of every step."""
+        """Copy staged to live where something was written since; the first act of every step.
+
+        While a CUDA graph is captured the copy is always made: a replay then begins with what is staged at that time.
+        """
         with publish_lock:
             for device, live in self._live.items():
-                if self._published[device] != self._version:
-                    live.copy_(self._staged[device])
+                if _capturing(device) or self._published[device] != self._version:
+                    self._staged[device].copy_to(live)
                     self._published[device] = self._version
 
     def _stage(self, device: torch.device) -> None:
-        staged = self._staged[device]
-        host = torch.tensor(self.mixes, dtype=torch.float32)
-        # Pageable memory on purpose: the driver takes its own copy of so few bytes before the call returns.
-        staged.table[: len(self.mixes)].copy_(host, non_blocking=True)
-        staged.rows.fill_(len(self.mixes))
+        self._staged[device].copy_(torch.tensor(self.mixes, dtype=torch.float32), len(self.mixes))
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

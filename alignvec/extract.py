@@ -19,12 +19,12 @@ from alignvec.deltas import require_finite
 from alignvec.errors import AlignvecError
 from alignvec.fingerprint import BaseIdentity, Checksum, TensorIdentity, dtype_name, identifying, summary
 from alignvec.progress import bytes_bar
-from alignvec.sources import LiveSource, Source, StoredSource, open_source, prefetch
+from alignvec.sources import SLOTS, LiveSource, Source, StoredSource, in_order, open_source
 from alignvec.vector import STEM, AlignmentVector, write_description
 from alignvec.writer import ShardWriter, output_folder
 
-CHUNK = 1 << 21  # values read at a time from each side
-DEPTH = 2  # chunks read ahead
+CHUNK = 1 << 20  # values read at a time from each side
+STEP = 1 << 17  # values subtracted at a time
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 HEADS = ("lm_head.weight", "embed_out.weight")
 
@@ -44,7 +44,8 @@ def extract(
 
     ``base`` and ``aligned`` are checkpoint folders, .safetensors files, hub ids or live models, in any mixture. The
     difference is computed in float32 (float64 for float64 weights) and kept in the checkpoints' dtype unless ``dtype``
-    says otherwise; ``vector.source`` counts the values for which that was not exact. With ``output`` the vector is
+    says otherwise; ``vector.source`` says how many values that rounded (``inexact_values``) and the
+    error it made, relative to the vector's norm (``rounding_error``). With ``output`` the vector is
     written there as it is computed, in bounded memory, and read from there when used; without, it is held in memory.
 
     Raises AlignvecError, leaving nothing behind, when the two do not have the same tensors, shapes and dtypes, when an
@@ -161,109 +162,119 @@ def _stream(
     left: Source, right: Source, plan: _Plan, writer: ShardWriter | _MemoryWriter, progress: bool
 ) -> tuple[BaseIdentity, dict[str, Any]]:
     """One pass over both sides: write the deltas that are not zero; return the base's identity and the tally."""
-    tally = _Tally()
+    names = [*plan.stored, *plan.integers]
+    total = sum(left.tensors[name].nbytes for name in names)
+    tally, differing, kept = Tally(), [], 0
     identities: dict[str, TensorIdentity] = {}
-    total = sum(left.tensors[name].nbytes for name in [*plan.stored, *plan.integers])
-    differing = []
-    with bytes_bar("extracting", total, shown=progress) as advance:
-        names = [*plan.stored, *plan.integers]
-        jobs = prefetch(_pieces(left, right, names), DEPTH)
-        with contextlib.closing(jobs):
-            for name in names:
-                pieces = _take(jobs, left.tensors[name].numel, advance)
-                if name in plan.stored:
-                    identities[name] = _subtract(name, left.tensors[name], plan.stored[name], pieces, writer, tally)
-                elif [1 for mine, theirs in pieces if not torch.equal(mine, theirs)]:  # reads every piece
+    with (
+        bytes_bar("extracting", total, shown=progress) as advance,
+        contextlib.closing(in_order(_jobs(left, right, plan))) as results,
+    ):
+        for name in names:
+            info = left.tensors[name]
+            pieces = (next(results) for _ in range(0, info.numel, CHUNK))
+            if name in plan.integers:
+                if sum(1 for base, delta in _shown(pieces, advance) if delta is not None):
                     differing.append(name)
+                continue
+            checksum = Checksum()
+            writer.begin(name, plan.stored[name].dtype, info.shape)
+            zeros, found = 0, False  # zeros that come before the first change are not written until there is one
+            for base, result in _shown(pieces, advance):
+                checksum.update(base)
+                if result is None and not found:
+                    zeros += base.numel()
+                    continue
+                delta, part = result or (torch.zeros(base.numel(), dtype=plan.stored[name].dtype), Tally())
+                require_finite(name, delta)
+                for start in range(0, zeros, CHUNK):
+                    writer.write(torch.zeros(min(CHUNK, zeros - start), dtype=delta.dtype))
+                writer.write(delta)
+                tally.add(part)
+                zeros, found = 0, True
+            if found:
+                writer.end()
+            else:
+                writer.roll_back()
+            kept += found
+            identities[name] = TensorIdentity(info.shape, dtype_name(info.dtype), checksum.hexdigest())
     if differing:
         raise AlignvecError(f"integer tensors differ, which no vector can hold: {summary(differing)}")
-    if not tally.tensors:
+    if not kept:
         raise AlignvecError(f"{left.label} and {right.label} hold the same values: there is nothing to extract")
     order = [name for name in left.tensors if name in identities]
     identity = BaseIdentity(identifying(left.config), {name: identities[name] for name in order})
-    return identity, {"inexact_values": tally.inexact, "largest_relative_error": tally.error}
+    relative = math.sqrt(tally.error / tally.square) if tally.square else 0.0
+    return identity, {"inexact_values": tally.inexact, "rounding_error": relative}
 
 
-def _pieces(left: Source, right: Source, names: list[str]) -> Iterator[Callable[[], tuple[Tensor, Tensor]]]:
-    """Jobs that read the same piece of both sides, into a ring of buffers just as large as reading ahead needs."""
-    width = max((side.tensors[name].dtype.itemsize for side in (left, right) for name in names), default=1)
-    longest = min(CHUNK, max((left.tensors[name].numel for name in names), default=0))
-    ring = [torch.empty(2, longest * width, dtype=torch.uint8) for _ in range(DEPTH + 1)]
-    count = 0
-    for name in names:
-        numel = left.tensors[name].numel
-        for start in range(0, numel, CHUNK):
-            yield partial(_read_both, left, right, name, start, min(start + CHUNK, numel), ring[count % len(ring)])
-            count += 1
+Result = tuple[Tensor, "tuple[Tensor, Tally] | None"]
 
 
-def _read_both(left: Source, right: Source, name: str, start: int, stop: int, out: Tensor) -> tuple[Tensor, Tensor]:
-    return left.read(name, start, stop, out[0]), right.read(name, start, stop, out[1])
-
-
-def _take(
-    jobs: Iterator[tuple[Tensor, Tensor]], numel: int, advance: Callable[[int], None]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    for _ in range(0, numel, CHUNK):
-        piece = next(jobs)
+def _shown(pieces: Iterator[Result], advance: Callable[[int], None]) -> Iterator[Result]:
+    for piece in pieces:
         yield piece
         advance(piece[0].nbytes)
 
 
+def _jobs(left: Source, right: Source, plan: _Plan) -> Iterator[Callable[[int], Result]]:
+    """Jobs that read a piece of both sides into the slot's buffers and subtract."""
+    names = [*plan.stored, *plan.integers]
+    width = max((side.tensors[name].dtype.itemsize for side in (left, right) for name in names), default=1)
+    longest = min(CHUNK, max((left.tensors[name].numel for name in names), default=0))
+    buffers = [torch.empty(2, -(-longest * width // 8) * 8, dtype=torch.uint8) for _ in range(SLOTS)]
+
+    def job(slot: int, name: str, start: int, stop: int) -> Result:
+        mine = left.read(name, start, stop, buffers[slot][0])
+        theirs = right.read(name, start, stop, buffers[slot][1])
+        if name in plan.stored:
+            return mine, difference(mine, theirs, plan.stored[name].dtype)
+        return mine, None if torch.equal(mine, theirs) else (theirs, Tally())
+
+    for name in names:
+        numel = left.tensors[name].numel
+        for start in range(0, numel, CHUNK):
+            yield partial(job, name=name, start=start, stop=min(start + CHUNK, numel))
+
+
 @dataclass
-class _Tally:
-    tensors: int = 0  # deltas kept
-    inexact: int = 0  # values that the stored dtype rounds
-    error: float = 0.0  # the largest relative error of those
+class Tally:
+    """What storing a difference lost: how many values were rounded, the squared error, the squared norm."""
+
+    inexact: int = 0
+    error: float = 0.0
+    square: float = 0.0
+
+    def add(self, other: Tally) -> None:
+        self.inexact += other.inexact
+        self.error += other.error
+        self.square += other.square
 
 
-def _subtract(
-    name: str,
-    base: TensorInfo,
-    stored: TensorInfo,
-    pieces: Iterator[tuple[Tensor, Tensor]],
-    writer: ShardWriter | _MemoryWriter,
-    tally: _Tally,
-) -> TensorIdentity:
-    """Write one delta, unless it is zero throughout; return the base tensor's identity."""
-    checksum = Checksum()
-    writer.begin(name, stored.dtype, stored.shape)
-    zeros, found = 0, False  # zeros that come before the first change are not written until there is one
-    for mine, theirs in pieces:
-        checksum.update(mine)
-        delta = _difference(mine, theirs, stored.dtype, tally)
-        if delta is None and not found:
-            zeros += mine.numel()
-            continue
-        delta = torch.zeros(mine.numel(), dtype=stored.dtype) if delta is None else delta
-        require_finite(name, delta)
-        for start in range(0, zeros, CHUNK):
-            writer.write(torch.zeros(min(CHUNK, zeros - start), dtype=stored.dtype))
-        writer.write(delta)
-        zeros, found = 0, True
-    if found:
-        writer.end()
-        tally.tensors += 1
-    else:
-        writer.roll_back()
-    return TensorIdentity(base.shape, dtype_name(base.dtype), checksum.hexdigest())
-
-
-def _difference(base: Tensor, aligned: Tensor, dtype: torch.dtype, tally: _Tally) -> Tensor | None:
-    """``aligned - base`` rounded once to ``dtype``, or None where nothing differs."""
+def difference(base: Tensor, aligned: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tally] | None:
+    """``aligned - base`` of flat tensors, rounded once to ``dtype``; None where nothing differs."""
+    if base.dtype == aligned.dtype and _same_bytes(base, aligned):
+        return None
     wide = torch.float64 if torch.float64 in (base.dtype, aligned.dtype, dtype) else torch.float32
-    if base.dtype == aligned.dtype and torch.equal(base.view(torch.uint8), aligned.view(torch.uint8)):
-        return None
-    exact = aligned.to(wide) - base.to(wide)
-    if not exact.any():
-        return None
-    delta = exact.to(dtype)
-    if dtype != wide:
-        error = exact - delta.to(wide)
-        if count := int(error.count_nonzero()):
-            tally.inexact += count
-            tally.error = max(tally.error, float((error / exact).abs().nan_to_num_(0.0).max()))
-    return delta
+    delta, tally, moved = torch.empty(base.shape, dtype=dtype), Tally(), False
+    one, two = torch.empty(2, min(STEP, base.numel()), dtype=wide)
+    for start in range(0, base.numel(), STEP):  # so short that the scratch stays in cache
+        piece = slice(start, start + STEP)
+        exact, other, stored = one[: base[piece].numel()], two[: base[piece].numel()], delta[piece]
+        torch.sub(exact.copy_(aligned[piece]), other.copy_(base[piece]), out=exact)
+        moved = any(float(end) for end in stored.copy_(exact).aminmax()) or moved
+        if dtype != wide:
+            tally.square += float(torch.dot(exact, exact))
+            error = torch.sub(exact, other.copy_(stored), out=other)
+            if any(float(end) for end in error.aminmax()):
+                tally.inexact += int(error.view(torch.int64 if wide == torch.float64 else torch.int32).count_nonzero())
+                tally.error += float(torch.dot(error, error))
+    return (delta, tally) if moved else None
+
+
+def _same_bytes(one: Tensor, two: Tensor) -> bool:
+    words = torch.uint8 if one.nbytes % 8 or one.data_ptr() % 8 or two.data_ptr() % 8 else torch.int64
+    return torch.equal(one.view(words), two.view(words))
 
 
 class _MemoryWriter:

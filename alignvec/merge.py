@@ -17,11 +17,11 @@ from torch import Tensor
 from alignvec.checkpoint import TensorInfo, read_json
 from alignvec.deltas import require_finite
 from alignvec.errors import AlignvecError
-from alignvec.extract import CHUNK, DEPTH, HEADS, parse_dtype, tied_to
+from alignvec.extract import CHUNK, HEADS, parse_dtype, tied_to
 from alignvec.fingerprint import BaseIdentity, Checksum, TensorIdentity, dtype_name, identifying, summary
 from alignvec.progress import bytes_bar
 from alignvec.rounding import ROUNDINGS, RealisedCoefficients, mix_
-from alignvec.sources import Source, StoredSource, local_path, open_source, prefetch
+from alignvec.sources import Source, StoredSource, in_order, local_path, open_source
 from alignvec.vector import AlignmentVector
 from alignvec.writer import ShardWriter, output_folder, write_json
 
@@ -169,8 +169,8 @@ class _Run:
     """One pass over the base."""
 
     def __init__(self, plan: _Plan, coefficients: list[float], rounding: str, seed: int, transfer: bool) -> None:
-        self.plan, self.coefficients, self.rounding, self.transfer = plan, coefficients, rounding, transfer
-        self.generator = torch.Generator().manual_seed(seed)
+        self.plan, self.coefficients, self.rounding, self.seed = plan, coefficients, rounding, seed
+        self.checked = [] if transfer else [label for label, vector in plan.vectors.items() if vector.base is not None]
         self.realised = RealisedCoefficients(len(coefficients))
         self.changed = 0
 
@@ -185,54 +185,69 @@ class _Run:
         order = [name for names in shards.values() for name in names]
         with (
             bytes_bar("merging", total, shown=progress) as advance,
-            contextlib.closing(prefetch(self._pieces(order), DEPTH)) as jobs,
+            contextlib.closing(in_order(self._jobs(order))) as results,
         ):
             for file, names in shards.items():
                 for name in names:
                     writer.begin(name, stored[name].dtype, stored[name].shape)
                     checksum = Checksum()
                     for _ in range(0, source.tensors[name].numel, CHUNK):
-                        base, deltas = next(jobs)
-                        if base.is_floating_point():
-                            checksum.update(base)
-                        writer.write(self._mix(name, base, deltas))
-                        advance(base.nbytes)
+                        piece = next(results)
+                        if self.checked and piece.base.is_floating_point():
+                            checksum.update(piece.base)
+                        writer.write(piece.merged)
+                        self.changed += piece.changed
+                        self.realised.add(piece.realised)
+                        advance(piece.base.nbytes)
                     writer.end()
                     self._verify(name, checksum)
                 if keep_shards:
                     writer.finish_shard(file)
 
-    def _pieces(self, names: list[str]) -> Iterator[Callable[[], tuple[Tensor, dict[int, Tensor]]]]:
+    def _jobs(self, names: list[str]) -> Iterator[Callable[[int], _Piece]]:
+        count = 0
         for name in names:
             numel, found = self.plan.source.tensors[name].numel, self.plan.deltas(name)
             for start in range(0, numel, CHUNK):
-                yield partial(self._read, name, found, start, min(start + CHUNK, numel))
+                yield partial(self._mix, name, found, start, min(start + CHUNK, numel), (self.seed << 32) + count)
+                count += 1
 
-    def _read(
-        self, name: str, found: dict[int, tuple[AlignmentVector, str]], start: int, stop: int
-    ) -> tuple[Tensor, dict[int, Tensor]]:
+    def _mix(
+        self, name: str, found: dict[int, tuple[AlignmentVector, str]], start: int, stop: int, seed: int, slot: int
+    ) -> _Piece:
+        base = self.plan.source.read(name, start, stop)
         deltas = {number: vector.read(known, start, stop) for number, (vector, known) in found.items()}
-        return self.plan.source.read(name, start, stop), deltas
-
-    def _mix(self, name: str, base: Tensor, deltas: dict[int, Tensor]) -> Tensor:
-        out = torch.empty(base.shape, dtype=self.plan.stored[name].dtype)
         used = {number: delta for number, delta in deltas.items() if self.coefficients[number]}
-        if not base.is_floating_point() or (not used and out.dtype == base.dtype):
-            return base
-        mix_(out, base, list(used.values()), [self.coefficients[n] for n in used], self.rounding, self.generator)
+        realised = RealisedCoefficients(len(self.coefficients))
+        dtype = self.plan.stored[name].dtype
+        if not base.is_floating_point() or (not used and dtype == base.dtype):
+            out = base
+        else:
+            generator = torch.Generator().manual_seed(seed % 2**63)
+            coefficients = [self.coefficients[number] for number in used]
+            out = mix_(
+                torch.empty(base.shape, dtype=dtype), base, list(used.values()), coefficients, self.rounding, generator
+            )
         if used:
             require_finite(name, out)
-        self.changed += int((out != base).count_nonzero())
         if name not in self.plan.tied:
-            self.realised.update(base, out, deltas)
-        return out
+            realised.update(base, out, deltas)
+        return _Piece(base, out, realised, int((out != base).count_nonzero()) if out is not base else 0)
 
     def _verify(self, name: str, checksum: Checksum) -> None:
-        for label, vector in self.plan.vectors.items():
-            if self.transfer or vector.base is None or name not in vector.base.tensors:
-                continue
-            if vector.base.tensors[name].checksum != checksum.hexdigest():
+        for label in self.checked:
+            vector = self.plan.vectors[label]
+            assert vector.base is not None
+            if name in vector.base.tensors and vector.base.tensors[name].checksum != checksum.hexdigest():
                 require_base(self.plan.source, label, vector)  # names all that differ
+
+
+@dataclass(frozen=True)
+class _Piece:
+    base: Tensor
+    merged: Tensor
+    realised: RealisedCoefficients
+    changed: int
 
 
 def _copy_others(source: Path, target: Path, dtype: torch.dtype | None) -> None:

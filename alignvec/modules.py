@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from alignvec import ops
@@ -246,7 +246,8 @@ _OWN_FORWARD: tuple[tuple[type[nn.Module], type[Aligned]], ...] = (
 
 def view(module: nn.Module, edit: Edit) -> Aligned:
     """A swapped-in view of `module` that applies `edit`; `module` itself is left as it is."""
-    cls = _aligned_class(type(module), all(stack.tensor.dim() == 2 for stack in edit.stacks.values()))
+    original: Any = type(module)
+    cls = _aligned_class(original, all(stack.tensor.dim() == 2 for stack in edit.stacks.values()))
     aligned = cls.__new__(cls)
     aligned.__dict__.update(module.__dict__)
     aligned.edit = edit
@@ -257,7 +258,7 @@ def view(module: nn.Module, edit: Edit) -> Aligned:
 
 
 @functools.cache
-def _aligned_class(cls: type[nn.Module], vectors_only: bool) -> type[Aligned]:
+def _aligned_class(cls: Any, vectors_only: bool) -> type[Aligned]:
     """The class for a view of `cls`; it stays a subclass of `cls`, so isinstance checks go on as before.
 
     vectors_only: every edited parameter is one-dimensional.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ def live_deltas(model: nn.Module, names: dict[str, str], label: str, vector: Ali
             is read, a shape or dtype that does not fit.
     """
     found = {name: resolve(model, names, name) for name in vector.names}
-    source: Mapping[str, Tensor] = vector
+    source: AlignmentVector | dict[str, Tensor] = vector
     missing = [name for name, live in found.items() if live is None]
     if missing:
         source = _converted(model, label, vector, missing)
@@ -62,7 +62,7 @@ def live_deltas(model: nn.Module, names: dict[str, str], label: str, vector: Ali
     return deltas
 
 
-def _read(label: str, name: str, source: Mapping[str, Tensor], parameter: nn.Parameter) -> Tensor:
+def _read(label: str, name: str, source: AlignmentVector | dict[str, Tensor], parameter: nn.Parameter) -> Tensor:
     delta = source[name]
     if delta.shape != parameter.shape:
         raise AlignvecError(

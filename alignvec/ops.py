@@ -70,7 +70,7 @@ def _linear_fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
 
 
 def _linear_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, deltas, bias_deltas, columns, table, rows, token_rows, *ctx.choices = inputs
+    x, weight, _, deltas, _, columns, table, rows, token_rows, *ctx.choices = inputs
     # The table is cloned (kilobytes): a write before the backward pass must not change this step's gradient.
     ctx.save_for_backward(x, weight, deltas, columns, table.clone(), rows.clone(), token_rows)
 

@@ -46,12 +46,10 @@ def resolve_backend(device_type: str, backend: str = "auto") -> str:
 @functools.cache
 def _kernel(backend: str) -> Callable[..., torch.Tensor]:
     if backend == "triton":
-        from alignvec.kernels import dense
-
-        return dense.linear
-    from alignvec.kernels import eager
-
-    return eager.linear
+        from alignvec.kernels.dense import linear
+    else:
+        from alignvec.kernels.eager import linear
+    return linear
 
 
 def linear_kernel(device: torch.device, backend: str) -> Callable[..., torch.Tensor]:

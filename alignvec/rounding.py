@@ -10,7 +10,7 @@ from torch import Tensor
 
 from alignvec.errors import AlignvecError
 
-STEP = 1 << 18  # values at a time: the float32 sum stays in cache
+STEP = 1 << 17  # values at a time: float32 scratch stays in cache
 ROUNDINGS = ("nearest", "stochastic")
 
 
@@ -62,7 +62,10 @@ def stochastic(values: Tensor, dtype: torch.dtype, generator: torch.Generator | 
 
 
 class RealisedCoefficients:
-    """Least squares of a realised edit on the vectors, gathered tensor by tensor (or piece by piece) in float64."""
+    """Least squares of a realised edit on the vectors, gathered tensor by tensor, or piece by piece.
+
+    Products are float32 within a piece of 2**17 values (float64 for float64 tensors), their sums float64.
+    """
 
     def __init__(self, count: int) -> None:
         self._gram = torch.zeros(count, count, dtype=torch.float64)
@@ -73,13 +76,22 @@ class RealisedCoefficients:
         if not deltas:
             return
         numbers = torch.tensor(list(deltas))
+        tensors = [*deltas.values(), merged, base]
+        wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
         for piece in _slices(merged):
-            after = merged[piece].double()
-            rows = [delta[piece].to(after.device, torch.float64).flatten() for delta in deltas.values()]
-            rows.append((after - base[piece].to(after.device, torch.float64)).flatten())
-            products = torch.stack(rows[:-1]) @ torch.stack(rows).T
-            self._gram[numbers[:, None], numbers] += products[:, :-1].cpu()
-            self._edit[numbers] += products[:, -1].cpu()
+            rows = torch.empty(len(tensors), *merged[piece].shape, dtype=wide, device=merged.device)
+            for row, tensor in zip(rows, tensors, strict=True):
+                row.copy_(tensor[piece])
+            rows[-2].sub_(rows[-1])
+            flat = rows[:-1].flatten(1)
+            products = (flat[:-1] @ flat.T).double().cpu()
+            self._gram[numbers[:, None], numbers] += products[:, :-1]
+            self._edit[numbers] += products[:, -1]
+
+    def add(self, other: RealisedCoefficients) -> None:
+        """Take what another one has gathered."""
+        self._gram += other._gram
+        self._edit += other._edit
 
     def solve(self, requested: Sequence[float] | None = None) -> list[float]:
         """The coefficients that explain the edit best; among equally good ones (zero or collinear vectors), those

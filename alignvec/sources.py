@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +17,8 @@ from alignvec.errors import AlignvecError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w.-]+)?")
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
+WORKERS = min(4, os.cpu_count() or 1)
+SLOTS = 2 * WORKERS + 1  # jobs running, done or in use at a time
 T = TypeVar("T")
 
 
@@ -60,9 +63,11 @@ class LiveSource:
         self._flat: tuple[str, Tensor] = ("", torch.empty(0))
 
     def read(self, name: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
-        if self._flat[0] != name:  # a parameter that is not contiguous is copied once, not for every piece
-            self._flat = (name, self._parameters[name].detach().reshape(-1))
-        return self._flat[1][start:stop].cpu()
+        cached, flat = self._flat
+        if cached != name:  # a parameter that is not contiguous is copied once, not for every piece
+            flat = self._parameters[name].detach().reshape(-1)
+            self._flat = (name, flat)
+        return flat[start:stop].cpu()
 
     def chunks(self, name: str) -> Iterator[Tensor]:
         return _chunks(self, name)
@@ -94,20 +99,27 @@ def local_path(source: str | Path) -> Path:
         ) from None
 
 
-def prefetch(jobs: Iterable[Callable[[], T]], depth: int = 2) -> Generator[T, None, None]:
-    """The jobs' results in order, ``depth`` of them worked on ahead in a thread: reading overlaps with arithmetic."""
-    with ThreadPoolExecutor(1) as pool:
-        waiting: list[Future[T]] = []
+def in_order(jobs: Iterable[Callable[[int], T]]) -> Generator[T, None, None]:
+    """The jobs' results in order, while threads work ahead: reading, arithmetic and writing overlap.
+
+    Each job is given the number of a slot, below SLOTS, that is its own until its result is done with: buffers kept by
+    slot are reused safely. Inside, torch runs one thread an operation: the jobs are the parallelism.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    waiting: list[Future[T]] = []
+    with ThreadPoolExecutor(WORKERS) as pool:
         try:
-            for job in jobs:
-                waiting.append(pool.submit(job))
-                if len(waiting) > depth:
+            for number, job in enumerate(jobs):
+                waiting.append(pool.submit(job, number % SLOTS))
+                if len(waiting) == SLOTS:
                     yield waiting.pop(0).result()
             while waiting:
                 yield waiting.pop(0).result()
         finally:
             for future in waiting:
                 future.cancel()
+            torch.set_num_threads(threads)
 
 
 def _chunks(source: Source, name: str, step: int = 1 << 20) -> Iterator[Tensor]:

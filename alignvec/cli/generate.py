@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -15,7 +15,9 @@ from alignvec.errors import AlignvecError
 def generate(
     model: Annotated[Path, typer.Argument(help="The base model: a transformers folder.")],
     prompt: Annotated[str, typer.Argument(help="What to ask.")],
-    vector: Annotated[list[str], typer.Option("--vector", "-v", help="NAME=FOLDER of an alignment vector; repeatable.")],
+    vector: Annotated[
+        list[str], typer.Option("--vector", "-v", help="NAME=FOLDER of an alignment vector; repeatable.")
+    ],
     mixes: Annotated[
         list[str] | None,
         typer.Option("--mix", "-m", help="NAME=NUMBER,NAME=NUMBER: one answer per --mix, all in one batch."),
@@ -23,7 +25,9 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 96,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cuda" if torch.cuda.is_available() else "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cuda"
+    if torch.cuda.is_available()
+    else "cpu",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     transfer: Annotated[bool, typer.Option(help="The vectors come from another base, on purpose.")] = False,
 ) -> None:
@@ -40,8 +44,9 @@ def generate(
     if not model.is_dir():
         raise AlignvecError(f"{model} is no folder with a model")
     requested = [mix("--mix", [text]) for text in mixes or []] or [{}]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    net = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).eval()
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model)
+    net: Any = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    net.to(device).eval()
     alignment = alignvec.attach(net, vectors(vector), transfer=transfer)
     alignment.set_rows(requested)
     if tokenizer.chat_template:
@@ -49,7 +54,9 @@ def generate(
         inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
-    inputs = {k: v.repeat(len(requested), 1).to(device) for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
+    inputs = {
+        k: v.repeat(len(requested), 1).to(device) for k, v in inputs.items() if k in ("input_ids", "attention_mask")
+    }
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     torch.manual_seed(seed)
     with torch.inference_mode():

@@ -31,7 +31,9 @@ def pairs(option: str, values: list[str]) -> dict[str, str]:
 
 def vectors(values: list[str]) -> dict[str, Path]:
     """`--vector medical=folder` options; a folder alone goes by its own name."""
-    return {n: Path(p) for n, p in pairs("--vector", [v if "=" in v else f"{Path(v).name}={v}" for v in values]).items()}
+    return {
+        n: Path(p) for n, p in pairs("--vector", [v if "=" in v else f"{Path(v).name}={v}" for v in values]).items()
+    }
 
 
 def mix(option: str, values: list[str]) -> dict[str, float]:

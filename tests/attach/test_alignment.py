@@ -52,9 +52,10 @@ def test_coefficients_by_name(alignment: alignvec.Alignment) -> None:
 def test_using_restores_rows_also_after_an_error(alignment: alignvec.Alignment, model: nn.Module) -> None:
     alignment.set_rows([{"a": 1.0}, {"b": 1.0}])
     live = logits(model)
-    with pytest.raises(ZeroDivisionError), alignment.using(a=0.3):
+    with alignment.using(a=0.3):
         assert alignment.coefficients == {"a": 0.3, "b": 0.0}
-        1 / 0  # noqa: B018
+    with pytest.raises(ZeroDivisionError), alignment.using(a=0.3):
+        raise ZeroDivisionError
     assert alignment.coefficients[0] == {"a": 1.0, "b": 0.0}
     assert torch.equal(logits(model), live)
 
@@ -137,7 +138,9 @@ def test_deepcopy_is_independent(alignment: alignvec.Alignment, model: nn.Module
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_dtype_moves_convert_the_base_alone(alignment: alignvec.Alignment, model: nn.Module, dtype: torch.dtype) -> None:
+def test_dtype_moves_convert_the_base_alone(
+    alignment: alignvec.Alignment, model: nn.Module, dtype: torch.dtype
+) -> None:
     alignment.set_rows([{"a": 0.5}, {"b": -0.5}])
     vectors = {"a": random_vector(tiny("Mistral"), 1), "b": random_vector(tiny("Mistral"), 2)}
     model.to(dtype)
@@ -145,7 +148,9 @@ def test_dtype_moves_convert_the_base_alone(alignment: alignvec.Alignment, model
     assert head.weight.dtype == dtype
     assert head.edit.stacks["weight"].tensor.dtype == head.edit.table.dtype == torch.float32
     alignment.detach()
-    truth = torch.stack([merged(model, vectors, mix)(ids()).logits[row] for row, mix in enumerate([{"a": 0.5}, {"b": -0.5}])])
+    truth = torch.stack(
+        [merged(model, vectors, mix)(ids()).logits[row] for row, mix in enumerate([{"a": 0.5}, {"b": -0.5}])]
+    )
     alignment = alignvec.attach(model, vectors, transfer=True)
     alignment.set_rows([{"a": 0.5}, {"b": -0.5}])
     assert ((logits(model).double() - truth).norm() / truth.norm()).item() < 0.03
@@ -216,7 +221,12 @@ def test_compiled_fullgraph_follows_coefficients_without_recompiling(backend: st
     with torch.no_grad():
         compiled(ids(4), use_cache=False)
         with torch._dynamo.config.patch(error_on_recompile=True):
-            for mixes in ([{"a": 1.0}], [{"a": 0.3, "b": -2.0}], [{"a": 1.0}, {"b": 0.5}], [{}, {"a": 1}, {"b": 1}, {}]):
+            for mixes in (
+                [{"a": 1.0}],
+                [{"a": 0.3, "b": -2.0}],
+                [{"a": 1.0}, {"b": 0.5}],
+                [{}, {"a": 1}, {"b": 1}, {}],
+            ):
                 alignment.set_rows(mixes)
                 got = compiled(ids(4), use_cache=False).logits
                 torch.testing.assert_close(got, logits(model, 4), rtol=1e-4, atol=1e-4)
@@ -244,7 +254,7 @@ def test_a_step_never_sees_a_half_written_table(model: nn.Module) -> None:
     writer = threading.Thread(target=turn)
     writer.start()
     try:
-        seen = [logits(model) for _ in range(60)]
+        seen = [logits(model) for _ in range(25)]
     finally:
         stop.set()
         writer.join()

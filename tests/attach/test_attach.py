@@ -141,9 +141,9 @@ def test_experts_from_the_checkpoint_layout(tmp_path: Path) -> None:
         for name, parameter in base.named_parameters():
             if "experts" in name or "gate" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
-        base.model.layers[1].mlp.experts.down_proj[2] = AutoModelForCausalLM.from_pretrained(
-            tmp_path / "base"
-        ).model.layers[1].mlp.experts.down_proj[2]
+        base.model.layers[1].mlp.experts.down_proj[2] = (
+            AutoModelForCausalLM.from_pretrained(tmp_path / "base").model.layers[1].mlp.experts.down_proj[2]
+        )
     base.save_pretrained(tmp_path / "aligned")
     vector = alignvec.extract(tmp_path / "base", tmp_path / "aligned")
     assert any(".experts.0.w1" in name for name in vector.names)

@@ -1,0 +1,162 @@
+"""The commands on stored models and vectors: extract, inspect, check, merge; the others are registered from their files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from alignvec.cli.demo import demo
+from alignvec.cli.env import env
+from alignvec.cli.generate import generate
+from alignvec.cli.options import console, mix, size, table, vectors
+
+app = typer.Typer(
+    name="alignvec",
+    help="Alignment vectors: extract them, look at them, dial them, merge them.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.command()(generate)
+app.command()(demo)
+app.command()(env)
+
+VectorOption = Annotated[list[str], typer.Option("--vector", "-v", help="NAME=FOLDER of a vector; repeatable.")]
+TransferOption = Annotated[bool, typer.Option("--transfer", help="The vectors come from another base, on purpose.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
+
+
+@app.command()
+def extract(
+    base: Annotated[str, typer.Argument(help="The model before preference tuning: a folder, a file or a hub id.")],
+    aligned: Annotated[str, typer.Argument(help="The model after it.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write the vector to.")],
+    format: Annotated[str, typer.Option(help="How the deltas are encoded.")] = "dense",
+    dtype: Annotated[str | None, typer.Option(help="Store deltas in this dtype; default: as found.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file.")] = "5GB",
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Write the difference of two checkpoints as an alignment vector, streamed in bounded memory.
+
+    Example: alignvec extract base/ aligned/ medical-av/
+    """
+    import alignvec
+
+    vector = alignvec.extract(
+        base,
+        aligned,
+        format=format,
+        dtype=dtype,
+        output=output,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        progress=True,
+    )
+    console.print(f"{output}: {len(vector)} tensors, {size(vector.nbytes)}, norm {vector.norm():.4g}")
+    inexact = vector.source.get("inexact_values", 0)
+    if inexact:
+        console.print(
+            f"{inexact} differences are not exact in the checkpoints' dtype; --dtype float32 keeps them whole"
+        )
+
+
+@app.command()
+def inspect(
+    folders: Annotated[list[Path], typer.Argument(help="One or several vectors.")],
+    base: Annotated[str | None, typer.Option(help="The base, for norms relative to its weights.")] = None,
+) -> None:
+    """Show where a vector acts, layer by layer; of several vectors, their cosines too.
+
+    Example: alignvec inspect medical-av legal-av
+    """
+    from alignvec.vector import AlignmentVector
+
+    opened = {str(folder): AlignmentVector.load(folder) for folder in folders}
+    for name, vector in opened.items():
+        columns = ["layer", "parameters", "changed", "norm", "largest change", *(["norm / base"] if base else [])]
+        rows = table(f"{name}: {vector.format}, {len(vector)} tensors, {size(vector.nbytes)}", *columns)
+        for layer in vector.statistics(base):
+            cells = [str(layer.layer), f"{layer.parameters:,}", f"{layer.changed:.1%}", f"{layer.norm:.4g}"]
+            cells.append(f"{layer.max_abs:.3g}")
+            if base:
+                cells.append("-" if layer.relative_norm is None else f"{layer.relative_norm:.2e}")
+            rows.add_row(*cells)
+        console.print(rows)
+    if len(opened) > 1:
+        names = list(opened)
+        cosines = table("cosines", "", *(str(i + 1) for i in range(len(names))))
+        for i, name in enumerate(names):
+            cosines.add_row(f"{i + 1} {name}", *(f"{opened[name].cosine(opened[other]):.3f}" for other in names))
+        console.print(cosines)
+
+
+@app.command()
+def check(
+    base: Annotated[str, typer.Argument(help="The base model.")],
+    vector: VectorOption,
+    plot: Annotated[Path | None, typer.Option(help="Draw the curves into this picture file.")] = None,
+    dtype: Annotated[str, typer.Option(help="The dtype that the model is served in.")] = "bfloat16",
+    transfer: TransferOption = False,
+) -> None:
+    """Compare the coefficient asked for with the one that a 16-bit merge, and alignvec, really apply.
+
+    Example: alignvec check base/ -v medical-av --plot realised.png
+    """
+    import alignvec
+    from alignvec.check import plot as draw
+
+    rows = alignvec.check(base, vectors(vector), dtype=dtype, transfer=transfer)
+    for label in dict.fromkeys(row.vector for row in rows):
+        own = table(f"{label}: realised coefficients in {dtype}", "requested", "merged", "alignvec", numeric_from=0)
+        for row in rows:
+            if row.vector == label:
+                own.add_row(f"{row.requested:.1f}", f"{row.naive:.3f}", f"{row.alignvec:.4f}")
+        console.print(own)
+        for title, errors in (
+            ("merged", [abs(r.naive - r.requested) for r in rows if r.vector == label]),
+            ("alignvec", [abs(r.alignvec - r.requested) for r in rows if r.vector == label]),
+        ):
+            console.print(f"{label}: largest error {title}: {max(errors):.1e}")
+    if plot is not None:
+        draw(rows, plot)
+        console.print(f"drawn in {plot}")
+
+
+@app.command()
+def merge(
+    base: Annotated[str, typer.Argument(help="The base model: a folder, a file or a hub id.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write the merged model to.")],
+    vector: VectorOption,
+    mixture: Annotated[list[str], typer.Option("--mix", "-m", help="NAME=NUMBER of every vector, commas allowed.")],
+    rounding: Annotated[str, typer.Option(help="nearest, or stochastic: unbiased in 16 bits.")] = "nearest",
+    seed: Annotated[int, typer.Option(help="Of stochastic rounding.")] = 0,
+    dtype: Annotated[str | None, typer.Option(help="Store in another dtype than the base's.")] = None,
+    max_shard_size: Annotated[str | None, typer.Option(help="Largest file; default: the base's files.")] = None,
+    transfer: TransferOption = False,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Write base + coefficients * vectors as an ordinary checkpoint, and say which coefficients it realises.
+
+    Example: alignvec merge base/ merged/ -v medical-av -v legal-av -m medical-av=0.7,legal-av=-0.3
+    """
+    import alignvec
+
+    report = alignvec.merge(
+        base,
+        vectors(vector),
+        mix("--mix", mixture),
+        output,
+        rounding=rounding,
+        seed=seed,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        progress=True,
+        transfer=transfer,
+        overwrite=overwrite,
+    )
+    rows = table(f"{output}", "vector", "requested", "realised")
+    for name, requested in report.requested.items():
+        rows.add_row(name, f"{requested:g}", f"{report.realised[name]:.4f}")
+    console.print(rows)

@@ -1,0 +1,123 @@
+"""The command line end to end on a tiny model: every verb, and one clear line with status 2 for bad input."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from alignvec.cli import main
+from tests.models import tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """base/, aligned/ and other/: a bf16 model, one tuned from it, and a stranger of the same shape."""
+    folder = tmp_path_factory.mktemp("cli")
+    model = tiny("Mistral", torch.bfloat16)
+    model.save_pretrained(folder / "base")
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            step = torch.randn(parameter.shape, generator=generator) * parameter.float().abs() * 0.004
+            parameter.add_(step.to(parameter.dtype))
+    model.save_pretrained(folder / "aligned")
+    tiny("Mistral", torch.bfloat16, initializer_range=0.03).save_pretrained(folder / "other")
+    return folder
+
+
+@pytest.fixture
+def cli(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
+    """Run `alignvec ...` in the folder; gives status, output and errors."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "160")
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["alignvec", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        captured = capsys.readouterr()
+        return int(stopped.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def av(folder: Path, cli) -> Path:  # type: ignore[no-untyped-def]
+    if not (folder / "av").exists():
+        status, output, _ = cli("extract", "base", "aligned", "av")
+        assert status == 0
+        assert re.search(r"av: \d+ tensors, [\d.]+ KB, norm [\d.]+", output)
+    return folder / "av"
+
+
+@pytest.mark.parametrize("verb", ["", "extract", "inspect", "check", "merge", "generate", "demo", "env"])
+def test_help_has_an_example(cli, verb: str) -> None:  # type: ignore[no-untyped-def]
+    status, output, _ = cli(*([verb] if verb else []), "--help")
+    assert status == 0
+    assert f"Example: alignvec {verb}" in re.sub(r"\s+", " ", output) if verb else "extract" in output
+
+
+def test_inspect_shows_layers_and_cosines(cli, av: Path) -> None:  # type: ignore[no-untyped-def]
+    status, output, _ = cli("inspect", "av", "av", "--base", "base")
+    assert status == 0
+    assert re.search(r"embedding", output)
+    status, output, _ = cli("inspect", "av")
+    assert status == 0
+    assert "dense" in output
+
+
+def test_check_reports_both_and_draws(cli, av: Path, folder: Path) -> None:  # type: ignore[no-untyped-def]
+    status, output, _ = cli("check", "base", "-v", "av", "--plot", "realised.png")
+    assert status == 0
+    errors = {kind: float(value) for kind, value in re.findall(r"largest error (\w+): (\S+)", output)}
+    assert errors["alignvec"] < 1e-3 < errors["merged"]
+    assert (folder / "realised.png").stat().st_size > 5000
+
+
+def test_merge_writes_a_model_that_loads(cli, av: Path, folder: Path) -> None:  # type: ignore[no-untyped-def]
+    status, output, _ = cli("merge", "base", "merged", "-v", "x=av", "-m", "x=1")
+    assert status == 0
+    assert "x" in output
+    merged = AutoModelForCausalLM.from_pretrained(folder / "merged").state_dict()
+    aligned = AutoModelForCausalLM.from_pretrained(folder / "aligned").state_dict()
+    assert all(torch.equal(merged[name], value) for name, value in aligned.items())
+
+
+def test_env_names_the_backends(cli) -> None:  # type: ignore[no-untyped-def]
+    status, output, _ = cli("env")
+    assert status == 0
+    assert "backend on cpu" in output
+    assert torch.__version__.split("+")[0] in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("extract base nowhere out", "nowhere"),
+        ("extract base aligned av", "av"),
+        ("extract base aligned out --dtype int8", "int8"),
+        ("extract base aligned out --format zip", "zip"),
+        ("inspect base", "base"),
+        ("check other -v av", "another base"),
+        ("merge other out -v av -m av=1", "av"),
+        ("merge base out -v av -m nobody=1", "nobody"),
+        ("merge base out -v av -m av=nan", "finite"),
+        ("merge base out -v av -m av=much", "--mix takes NAME=NUMBER"),
+        ("merge base out -v av -v av=av -m av=1", "--vector names 'av' twice"),
+        ("generate nowhere hello -v av", "nowhere"),
+        ("generate base hello -v av --max-new-tokens 0", "--max-new-tokens"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(cli, av: Path, folder: Path, arguments: str, message: str) -> None:  # type: ignore[no-untyped-def]
+    before = sorted(p.name for p in folder.iterdir())
+    status, _, errors = cli(*arguments.split())
+    assert status == 2
+    assert message in errors
+    assert errors.startswith("alignvec: ")
+    assert len(errors.strip().splitlines()) == 1
+    assert sorted(p.name for p in folder.iterdir()) == before
