@@ -113,6 +113,7 @@ class Alignment:
             self.restore()
         for swap in self._swaps:
             swap.put(swap.original)
+        self._swaps.clear()  # frees the deltas
         self._hook.remove()
         del self.model.alignment
         self._attached = False
@@ -140,18 +141,20 @@ class Alignment:
                 raise AlignvecError(f"{type(module).__name__}.{name} is offloaded; materialise needs it in memory")
         (mix,) = self._coefficients.mixes
         realised = RealisedCoefficients(len(self.names))
-        saved = []
-        for module, name, stack, columns in edited:
-            weight = module._parameters[name].data  # type: ignore[union-attr]
-            base = weight.to("cpu", copy=True)
-            saved.append((module, name, base))
-            deltas = {column: stack[i] for i, column in enumerate(columns)}
-            mix_(weight, weight, list(deltas.values()), [mix[column] for column in deltas])
-            realised.update(base, weight, deltas)
-        self._saved = saved
+        self._saved = []
+        try:
+            for module, name, stack, columns in edited:
+                weight = module._parameters[name].data  # type: ignore[union-attr]
+                base = weight.clone()
+                self._saved.append((module, name, base.cpu()))
+                mix_(weight, base, list(stack), [mix[column] for column in columns])
+                realised.update(base, weight, dict(zip(columns, stack, strict=True)))
+        except BaseException:
+            self.restore()
+            raise
         for swap in self._swaps:
             swap.put(swap.original)
-        return dict(zip(self.names, realised.solve(), strict=True))
+        return dict(zip(self.names, realised.solve(mix), strict=True))
 
     def restore(self) -> None:
         """Undo `materialise`: the weights come back bit for bit and the vectors apply on the fly again.

@@ -1,0 +1,49 @@
+"""A whole model on the Triton kernels, in the interpreter where there is no GPU, against the plain torch backend."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import alignvec
+from alignvec import AlignvecError, planner
+from tests.models import random_vector, tiny
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+IDS = torch.randint(3, 101, (2, 5), generator=torch.Generator().manual_seed(3)).to(DEVICE)
+
+
+@pytest.mark.parametrize("execution", ["split", "combine"])
+@torch.no_grad()
+def test_triton_and_torch_give_the_same_logits(execution: str) -> None:
+    model = tiny("Qwen2", num_hidden_layers=1).to(DEVICE)
+    vectors = {"a": random_vector(model, 1), "b": random_vector(model, 2)}
+    logits = {}
+    for backend in ("torch", "triton"):
+        alignment = alignvec.attach(model, vectors, backend=backend, execution=execution)
+        alignment.set_rows([{"a": 1.0}, {"b": -0.5}])
+        mixed = model(IDS).logits
+        alignment.set(a=0.3, b=0.3)
+        logits[backend] = torch.stack([mixed, model(IDS).logits])
+        alignment.detach()
+    torch.testing.assert_close(logits["triton"], logits["torch"], rtol=1e-4, atol=1e-4)
+
+
+def test_a_backend_that_cannot_run_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    planner.resolve_backend.cache_clear()
+    with pytest.raises(AlignvecError, match="'triton' cannot run on cpu"):
+        alignvec.attach(tiny(), {"a": random_vector(tiny(), 1)}, backend="triton")
+    monkeypatch.setenv("ALIGNVEC_BACKEND", "abacus")
+    planner.resolve_backend.cache_clear()
+    with pytest.raises(AlignvecError, match="ALIGNVEC_BACKEND='abacus'"):
+        alignvec.attach(tiny(), {"a": random_vector(tiny(), 1)})
+    planner.resolve_backend.cache_clear()
+
+
+def test_the_environment_chooses_for_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALIGNVEC_BACKEND", "torch")
+    planner.resolve_backend.cache_clear()
+    assert planner.resolve_backend("cuda") == "torch"
+    planner.resolve_backend.cache_clear()
