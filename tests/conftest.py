@@ -1,0 +1,13 @@
+"""Without a GPU the Triton kernels run in Triton's interpreter, which has to be chosen before triton is imported."""
+
+import importlib.util
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    if importlib.util.find_spec("triton") is not None and os.environ["TRITON_INTERPRET"] == "1":
+        from tests import interpreter_bf16
+
+        interpreter_bf16.install()
