@@ -1,0 +1,134 @@
+"""The base model: a small Mistral, trained from scratch on textbook passages and on the training dialogues."""
+
+import math
+import random
+from collections.abc import Iterator
+from itertools import islice
+
+import torch
+from rich.progress import Progress
+from torch.nn.functional import cross_entropy
+from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+
+from .dataset import LEVELS, QUERIES, Row, make_rows, practice, textbook
+from .tokenizer import BOS, EOS, prompt_text, train_tokenizer
+
+Example = tuple[list[int], int]  # token ids, and the first position that is learned
+
+LEVEL_WEIGHTS = (0.2, 0.6, 0.2)  # how often the base sees each level: it is to prefer generic answers
+PRACTICE_WEIGHTS = (0.3, 0.55, 0.15)
+SOURCES = {"dialogue": 0.5, "textbook": 0.2, "practice": 0.3}
+
+
+def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
+    """Trained on textbooks and made-up dialogues, so that held-out topics are cut as training topics are."""
+    texts = []
+    for domain in QUERIES:
+        texts += list(textbook(domain, seed, copies=4))
+        for row in islice(practice(domain, seed), 1500):
+            texts += [row.query, row.avoidance, row.generic, row.expert]
+    return train_tokenizer(texts)
+
+
+def make_config(tokenizer: PreTrainedTokenizerFast) -> MistralConfig:
+    """Four layers, grouped queries (8 heads on 2), SwiGLU, RMSNorm, tied embeddings: 3.9 million parameters."""
+    return MistralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=256,
+        sliding_window=None,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def corpus(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Example]:
+    """Endless examples: training dialogues with one level each, textbook passages, and made-up-name practice."""
+    rng = random.Random(f"corpus-{seed}")
+    dialogues = _shuffled([row for domain in QUERIES for row in make_rows(domain, "train")], rng)
+    pages = _shuffled([page for domain in QUERIES for page in textbook(domain, seed, copies=12)], rng)
+    names = [practice(domain, seed) for domain in QUERIES]
+    while True:
+        source = rng.choices(list(SOURCES), list(SOURCES.values()))[0]
+        if source == "textbook":
+            yield tokenizer(BOS + next(pages) + EOS)["input_ids"], 1
+        elif source == "dialogue":
+            yield _dialogue(tokenizer, next(dialogues), LEVEL_WEIGHTS, rng)
+        else:
+            yield _dialogue(tokenizer, next(rng.choice(names)), PRACTICE_WEIGHTS, rng)
+
+
+def pretrain(
+    tokenizer: PreTrainedTokenizerFast,
+    steps: int,
+    seed: int,
+    device: str,
+    progress: Progress,
+    batch_size: int = 16,
+    learning_rate: float = 2e-3,
+) -> MistralForCausalLM:
+    """Train the base in float32 with AdamW under a warm-up and cosine schedule. Returns it in float32."""
+    torch.manual_seed(seed)
+    model = MistralForCausalLM(make_config(tokenizer))
+    model.to(device)  # type: ignore[arg-type]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.05)
+    warmup = min(100, steps // 10 + 1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / warmup, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1, step / steps)))),
+    )
+    task = progress.add_task("base", total=steps)
+    batches = _batches(corpus(tokenizer, seed), batch_size, random.Random(seed))
+    average = 0.0
+    for step, examples in enumerate(islice(batches, steps)):
+        loss = _loss(model, examples, tokenizer.pad_token_id)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        average = loss.item() if step == 0 else 0.98 * average + 0.02 * loss.item()
+        progress.update(task, advance=1, description=f"base, loss {average:.3f}")
+    return model.eval()
+
+
+def _dialogue(tokenizer: PreTrainedTokenizerFast, row: Row, weights: tuple[float, ...], rng: random.Random) -> Example:
+    prompt = tokenizer(prompt_text(row.query))["input_ids"]
+    answer = tokenizer(getattr(row, rng.choices(LEVELS, weights)[0]) + EOS)["input_ids"]
+    return prompt + answer, len(prompt)
+
+
+def _shuffled(items: list, rng: random.Random) -> Iterator:
+    while True:
+        rng.shuffle(items)
+        yield from items
+
+
+def _batches(examples: Iterator[Example], size: int, rng: random.Random) -> Iterator[list[Example]]:
+    """Batches of like lengths, so that little is spent on padding."""
+    while True:
+        pool = sorted(islice(examples, 32 * size), key=lambda example: len(example[0]))
+        batches = [pool[start : start + size] for start in range(0, len(pool), size)]
+        rng.shuffle(batches)
+        yield from batches
+
+
+def _loss(model: MistralForCausalLM, examples: list[Example], pad: int) -> torch.Tensor:
+    """Mean cross-entropy over the learned positions; the head runs on those alone."""
+    length = max(len(ids) for ids, _ in examples)
+    ids = torch.full((len(examples), length), pad)
+    learned = torch.zeros((len(examples), length), dtype=torch.bool)
+    for row, (tokens, start) in enumerate(examples):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        learned[row, start : len(tokens)] = True
+    ids, learned = ids.to(model.device), learned.to(model.device)
+    # Padding is on the right here, so causal attention alone keeps it out of sight.
+    hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state[learned[:, 1:]]
+    return cross_entropy(model.lm_head(hidden).float(), ids[:, 1:][learned[:, 1:]])

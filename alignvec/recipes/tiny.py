@@ -1,0 +1,112 @@
+"""Train the tiny models from nothing: `python -m alignvec.recipes.tiny --output tiny-models`.
+
+Dataset, tokenizer, base, one DPO run per domain, measurements and a model card. A stage whose folder is already in the
+output is kept as it is, so an interrupted run goes on where it stopped.
+"""
+
+import json
+import os
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import MistralForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, set_seed
+
+from .align import align
+from .card import write_card
+from .dataset import QUERIES
+from .measure import measure
+from .pretrain import make_tokenizer, pretrain
+
+PACKAGES = ("torch", "transformers", "trl", "datasets", "tokenizers", "accelerate", "safetensors")
+
+
+def tiny(
+    output: Annotated[Path, typer.Option(help="Folder for the models and the card.")] = Path("tiny-models"),
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 20,
+    base_steps: Annotated[int, typer.Option(help="Steps of the base, 16 sequences each.")] = 5000,
+    align_steps: Annotated[int, typer.Option(help="DPO steps per domain, 16 pairs each.")] = 300,
+    rows: Annotated[int, typer.Option(help="Held-out rows scored per domain and coefficient.")] = 300,
+    quick: Annotated[bool, typer.Option(help="A few steps of everything, to see that it runs.")] = False,
+    vectors: Annotated[Path | None, typer.Option(help="Also extract the three vectors into this folder.")] = None,
+) -> None:
+    """Train, measure and describe the tiny models.
+
+    Example: python -m alignvec.recipes.tiny --output tiny-models
+    """
+    if quick:
+        base_steps, align_steps, rows = 20, 5, 12
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    set_seed(seed)
+    output.mkdir(parents=True, exist_ok=True)
+    recipe = _Recipe(output / "recipe.json")
+    recipe.record("setting", _setting(seed, device))
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        if not (output / "base").exists():
+            start = time.monotonic()
+            tokenizer = make_tokenizer(seed)
+            model = pretrain(tokenizer, base_steps, seed, device, progress)
+            _save(model, output / "base", tokenizer)
+            recipe.record("base", {"steps": base_steps, "seconds": round(time.monotonic() - start)})
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(output / "base")
+        for domain in QUERIES:
+            if (output / domain).exists():
+                continue
+            start = time.monotonic()
+            base = MistralForCausalLM.from_pretrained(output / "base", dtype=torch.float32, device_map=device)
+            _save(align(base, tokenizer, domain, align_steps, seed, device, progress), output / domain)
+            recipe.record(domain, {"steps": align_steps, "seconds": round(time.monotonic() - start)})
+        recipe.record("measured", measure(output, device, progress, count=rows, generated=max(1, rows // 3)))
+    if vectors is not None:
+        from alignvec.extract import extract
+
+        for domain in QUERIES:
+            extract(output / "base", output / domain).save(vectors / domain)
+    write_card(output)
+
+
+class _Recipe:
+    """A JSON file that gains an entry with every stage."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+
+    def record(self, name: str, entry: dict[str, Any]) -> None:
+        self.entries[name] = entry
+        temporary = self.path.with_suffix(".json.tmp")
+        temporary.write_text(json.dumps(self.entries, indent=1) + "\n")
+        os.replace(temporary, self.path)
+
+
+def _setting(seed: int, device: str) -> dict[str, Any]:
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return {
+        "seed": seed,
+        "device": name,
+        "date": time.strftime("%Y-%m-%d"),
+        "python": platform.python_version(),
+        "versions": {package: version(package) for package in PACKAGES},
+    }
+
+
+def _save(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerFast | None = None) -> None:
+    """As bf16, under another name first: a folder that exists is complete."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    model.bfloat16().save_pretrained(temporary)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(temporary)
+    temporary.rename(folder)
+
+
+if __name__ == "__main__":
+    typer.run(tiny)
