@@ -48,10 +48,12 @@ class Combination:
 
     def __init__(self, terms: list[tuple[float, InMemory | Stored | Combination]]) -> None:
         self.terms = terms
+        shapes: dict[str, tuple[int, ...]] = {}
+        for _, deltas in terms:
+            for name, info in deltas.tensors.items():
+                shapes.setdefault(name, info.shape)
         self.tensors: dict[str, TensorInfo] = {
-            name: TensorInfo(self._dtype(name), info.shape)
-            for _, deltas in reversed(terms)
-            for name, info in deltas.tensors.items()
+            name: TensorInfo(self._dtype(name), shape) for name, shape in shapes.items()
         }
 
     def read(self, name: str, start: int, stop: int) -> Tensor:

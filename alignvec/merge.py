@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -209,11 +210,11 @@ class _Run:
         for name in names:
             numel, found = self.plan.source.tensors[name].numel, self.plan.deltas(name)
             for start in range(0, numel, CHUNK):
-                yield partial(self._mix, name, found, start, min(start + CHUNK, numel), (self.seed << 32) + count)
+                yield partial(self._mix, name, found, start, min(start + CHUNK, numel), count)
                 count += 1
 
     def _mix(
-        self, name: str, found: dict[int, tuple[AlignmentVector, str]], start: int, stop: int, seed: int, slot: int
+        self, name: str, found: dict[int, tuple[AlignmentVector, str]], start: int, stop: int, number: int, slot: int
     ) -> _Piece:
         base = self.plan.source.read(name, start, stop)
         deltas = {number: vector.read(known, start, stop) for number, (vector, known) in found.items()}
@@ -223,7 +224,7 @@ class _Run:
         if not base.is_floating_point() or (not used and dtype == base.dtype):
             out = base
         else:
-            generator = torch.Generator().manual_seed(seed % 2**63)
+            generator = _generator(self.seed, number)
             coefficients = [self.coefficients[number] for number in used]
             out = mix_(
                 torch.empty(base.shape, dtype=dtype), base, list(used.values()), coefficients, self.rounding, generator
@@ -240,6 +241,12 @@ class _Run:
             assert vector.base is not None
             if name in vector.base.tensors and vector.base.tensors[name].checksum != checksum.hexdigest():
                 require_base(self.plan.source, label, vector)  # names all that differ
+
+
+def _generator(seed: int, number: int) -> torch.Generator:
+    """Draws for one piece, unlike those of a plain seed: a model may have been initialised from that one."""
+    digest = hashlib.sha256(f"alignvec merge {seed} {number}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,65 @@
+"""Peak memory of extract and merge on a checkpoint of gigabytes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from alignvec.checkpoint import TensorInfo
+from alignvec.writer import ShardWriter, write_json
+
+SHAPES = {"model.embed_tokens.weight": (32768, 4096)} | {
+    f"model.layers.{i}.{name}": shape
+    for i in range(14)
+    for name, shape in {"mlp.up_proj.weight": (14336, 4096), "mlp.bias": (14336,), "norm.weight": (4096,)}.items()
+}
+LARGEST = max(2 * torch.Size(shape).numel() for shape in SHAPES.values())
+
+PROGRAM = """
+import json, resource, sys, time
+import alignvec
+from alignvec.check import check
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+folder, start, result = sys.argv[1], peak(), {}
+clock = time.perf_counter()
+vector = alignvec.extract(f"{folder}/base", f"{folder}/aligned", output=f"{folder}/v", max_shard_size="700MB")
+result["extract"] = (peak() - start, time.perf_counter() - clock)
+clock = time.perf_counter()
+alignvec.merge(f"{folder}/base", {"v": vector}, {"v": 0.5}, f"{folder}/m")
+result["merge"] = (peak() - start, time.perf_counter() - clock)
+print(json.dumps(result))
+"""
+
+
+def write(folder: Path, order: list[str], shard: str, shift: int) -> None:
+    """Each value from a repeated block; `shift` bits are flipped in some of them."""
+    folder.mkdir()
+    block = (torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
+    block.view(torch.int16)[::7] ^= shift
+    infos = {name: TensorInfo(torch.bfloat16, shape) for name, shape in SHAPES.items()}
+    with ShardWriter(folder, "model", infos, shard) as writer:
+        for name in order:
+            writer.begin(name, torch.bfloat16, SHAPES[name])
+            for start in range(0, infos[name].numel, len(block)):
+                writer.write(block[: infos[name].numel - start])
+            writer.end()
+        writer.close()
+    write_json(folder / "config.json", {"model_type": "mistral"})
+
+
+@pytest.mark.slow
+def test_peak_memory_stays_under_three_times_the_largest_tensor(tmp_path: Path) -> None:
+    write(tmp_path / "base", list(SHAPES), "500MB", 0)
+    write(tmp_path / "aligned", list(reversed(SHAPES)), "900MB", 3)
+    size = sum(file.stat().st_size for file in (tmp_path / "base").iterdir())
+    assert size > 1.9e9
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path)]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+    for verb, (peak, seconds) in json.loads(output.splitlines()[-1]).items():
+        print(f"{verb}: peak {peak / 2**20:.0f} MiB, {2 * size / seconds / 1e9:.2f} GB/s read")
+        assert peak < 3 * LARGEST, verb
