@@ -1,0 +1,189 @@
+"""Every implementation of the linear operator against the float64 reference."""
+
+import mmap
+
+import pytest
+import torch
+
+from alignvec.errors import AlignvecError
+from alignvec.kernels import dense, reference
+from tests.kernels.operands import (
+    BF16,
+    DEVICE,
+    FP16,
+    FP32,
+    IMPLEMENTATIONS,
+    TILE,
+    Case,
+    assert_one_rounding,
+    implementation,
+    relative_error,
+)
+
+CASES = [
+    Case(1, 70, 130, 1),
+    Case(5, 129, 257, 3, bias=True),
+    Case(12, 70, 150, 3, rows=4),
+    Case(20, 33, 65, 8, rows="random", bias=True),
+    Case(6, 40, 70, 16, rows=2, bias=True),
+    Case(12, 70, 150, 3, delta=FP32, rows=2, bias=True),
+    Case(9, 40, 150, 2, FP16),
+    Case(12, 70, 130, 3, FP16, rows=3, bias=True),
+    Case(7, 33, 150, 8, FP16, delta=FP32, rows="random"),
+    Case(7, 33, 70, 3, FP16, delta=BF16),
+    Case(1, 129, 70, 3, FP32),
+    Case(10, 70, 150, 3, FP32, rows=5, bias=True),
+    Case(33, 40, 65, 16, FP32, delta=BF16, rows="random", bias=True),
+    Case(64, 100, 96, 3, rows=2),
+]
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(monkeypatch):
+    """Fresh memory holds NaN: an output that was not written shows."""
+    empty, new_empty = torch.empty, torch.Tensor.new_empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: _poison(empty(*a, **k)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: _poison(new_empty(*a, **k)))
+
+
+def _poison(t):
+    return t.fill_(float("nan")) if t.is_floating_point() else t
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_one_rounding_from_the_truth(case, name):
+    args = case.make()
+    y = implementation(name)(*args)
+    assert y.dtype == case.dtype
+    assert y.shape == (case.tokens, case.out_features)
+    assert_one_rounding(y, reference.linear(*args))
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=["bf16", "fp16", "fp32"])
+def test_any_strides(name, dtype):
+    x, w, bias, d, bias_d, *rest = Case(6, 36, 70, 3, dtype, rows=2, bias=True).make()
+    weight, deltas = w.t().contiguous().t(), d.transpose(1, 2).contiguous().transpose(1, 2)  # as Conv1D passes them
+    x = torch.stack([x, x], dim=2)[:, :, 1]
+    bias = torch.stack([bias, bias], dim=1)[:, 0]
+    bias_deltas = bias_d.t().contiguous().t()
+    assert not any(t.is_contiguous() for t in (x, weight, bias, deltas, bias_deltas))
+    args = (x, weight, bias, deltas, bias_deltas, *rest)
+    assert_one_rounding(implementation(name)(*args), reference.linear(*args))
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_only_the_bias_is_edited(name):
+    x, w, bias, d, *rest = Case(6, 36, 70, 3, bias=True).make()
+    deltas = d.new_zeros(1, 1, 1).expand(3, *w.shape)
+    args = (x, w, bias, deltas, *rest)
+    assert_one_rounding(implementation(name)(*args), reference.linear(*args))
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_rows_that_do_not_divide_the_tokens_give_nan(name):
+    args = Case(10, 40, 70, 3, rows=4, bias=True).make()
+    assert implementation(name)(*args).isnan().all()
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_no_tokens(name):
+    x, *rest = Case(4, 40, 70, 3, bias=True).make()
+    y = implementation(name)(x[:0], *rest)
+    assert y.shape == (0, 40)
+    assert y.dtype == x.dtype
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_later_writes_to_table_and_rows_are_honoured(name):
+    args = Case(12, 40, 70, 3).make()
+    table, rows = args[6], args[7]
+    before = implementation(name)(*args)
+    table.neg_()
+    rows.fill_(3)
+    after = implementation(name)(*args)
+    assert relative_error(after, before.double()) > 0.1
+    assert_one_rounding(after, reference.linear(*args))
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", [Case(128, 64, 256, 4, dtype) for dtype in (BF16, FP16, FP32)], ids=str)
+def test_integers_are_exact(name, case):
+    """Sums of small integers leave no room for a rounding: a wrong product anywhere shows, as of a miscompiled dot."""
+    g = torch.Generator().manual_seed(1)
+    *_, columns, table, rows, token_rows = case.make()
+
+    def integers(*shape, limit=7):
+        return torch.randint(-limit, limit + 1, shape, generator=g).to(DEVICE, case.dtype)
+
+    x, weight = integers(case.tokens, case.in_features, limit=1), integers(case.out_features, case.in_features)
+    deltas = integers(case.k, case.out_features, case.in_features) / 16
+    table = table.mul(2).round().div(2)
+    args = (x, weight, None, deltas, None, columns, table, rows, token_rows)
+    run = implementation(name)
+    for count in (1, 4):
+        rows.fill_(count)
+        assert torch.equal(run(*args), reference.linear(*args).to(case.dtype))
+
+
+@pytest.mark.parametrize("name", ["torch-auto", "torch-combine", "triton-combine", "triton-auto"])
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
+def test_merged_is_a_stored_merge(name, dtype):
+    args = Case(6, 64, 150, 3, dtype, bias=True).make()
+    x, weight, bias, deltas, bias_deltas, columns, table, *_ = args
+    c = table[0, columns].double()
+    merged = (weight.double() + torch.einsum("i,inm->nm", c, deltas.double())).to(dtype)
+    merged_bias = (bias.double() + c @ bias_deltas.double()).to(dtype)
+    truth = x.double() @ merged.double().t() + merged_bias.double()
+    y = implementation(name)(*args, precision="merged")
+    # The mix is summed in float32, so that one weight in thousands rounds to the other neighbour.
+    assert relative_error(y, truth) <= 1.05 * relative_error(truth.to(dtype), truth) + 1e-4
+    assert relative_error(y, reference.linear(*args)) > 1.2 * relative_error(y, truth)
+
+
+@pytest.mark.parametrize("name", ["torch-auto", "torch-combine", "triton-combine"])
+def test_merged_leaves_mixed_rows_exact(name):
+    args = Case(12, 64, 150, 3, rows=4).make()
+    y = implementation(name)(*args, precision="merged")
+    assert_one_rounding(y, reference.linear(*args))
+
+
+def test_tiles_of_one_row_and_of_several_in_one_launch():
+    """Three rows of 20 tokens over tiles of 16: some tiles combine, others fall back to the split sum."""
+    args = Case(60, 40, 70, 3, rows=3, bias=True).make()
+    y = dense.linear(*args, execution="combine", config=dense.Config(16, 64, 64, 4, 2))
+    assert_one_rounding(y, reference.linear(*args))
+
+
+@pytest.mark.parametrize("execution", ["split", "combine"])
+@pytest.mark.parametrize("tokens", [3, 100])
+def test_shipped_configurations(execution, tokens):
+    args = Case(tokens, 150, 300, 3, bias=True).make()
+    assert_one_rounding(dense.linear(*args, execution=execution), reference.linear(*args))
+
+
+def test_split_k_is_deterministic():
+    args = Case(8, 64, 300, 3).make()
+    first, *others = (implementation("triton-split_k")(*args) for _ in range(3))
+    assert all(torch.equal(first, other) for other in others)
+
+
+def test_addresses_beyond_32_bits():
+    """Two vectors 2^31 elements apart, in memory of which only the touched pages exist."""
+    x, weight, bias, deltas, *rest = Case(4, 16, 32, 2).make()
+    stride = 2**31 + 64
+    memory = torch.frombuffer(mmap.mmap(-1, 2 * (stride + deltas[0].numel())), dtype=BF16)
+    far = memory.as_strided(deltas.shape, (stride, *deltas.stride()[1:]))
+    far.copy_(deltas)
+    if DEVICE == "cuda":
+        far = memory.to(DEVICE).as_strided(deltas.shape, far.stride())
+    args = (x, weight, bias, far, *rest)
+    for execution in ("split", "combine"):
+        y = dense.linear(*args, execution=execution, config=TILE)
+        assert_one_rounding(y, reference.linear(x, weight, bias, deltas, *rest))
+
+
+def test_more_than_16_vectors_are_refused():
+    with pytest.raises(AlignvecError, match="17 vectors"):
+        dense.linear(*Case(4, 16, 32, 17).make())
