@@ -21,10 +21,10 @@ SHAPES = {"model.embed_tokens.weight": (32768, 4096)} | {
 LARGEST = max(2 * torch.Size(shape).numel() for shape in SHAPES.values())
 
 PROGRAM = """
-import json, resource, sys, time
+import json, re, sys, time
 import alignvec
-from alignvec.check import check
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+status = lambda: open("/proc/self/status").read()
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", status())[1]) * 1024  # ru_maxrss counts the parent
 folder, start, result = sys.argv[1], peak(), {}
 clock = time.perf_counter()
 vector = alignvec.extract(f"{folder}/base", f"{folder}/aligned", output=f"{folder}/v", max_shard_size="700MB")
@@ -53,6 +53,7 @@ def write(folder: Path, order: list[str], shard: str, shift: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 def test_peak_memory_stays_under_three_times_the_largest_tensor(tmp_path: Path) -> None:
     write(tmp_path / "base", list(SHAPES), "500MB", 0)
     write(tmp_path / "aligned", list(reversed(SHAPES)), "900MB", 3)
@@ -62,4 +63,4 @@ def test_peak_memory_stays_under_three_times_the_largest_tensor(tmp_path: Path) 
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
     for verb, (peak, seconds) in json.loads(output.splitlines()[-1]).items():
         print(f"{verb}: peak {peak / 2**20:.0f} MiB, {2 * size / seconds / 1e9:.2f} GB/s read")
-        assert peak < 3 * LARGEST, verb
+        assert 0 < peak < 3 * LARGEST, verb
