@@ -220,15 +220,16 @@ def _shown(pieces: Iterator[Result], advance: Callable[[int], None]) -> Iterator
 def _jobs(left: Source, right: Source, plan: _Plan) -> Iterator[Callable[[int], Result]]:
     """Jobs that read a piece of both sides into the slot's buffers and subtract."""
     names = [*plan.stored, *plan.integers]
-    width = max((side.tensors[name].dtype.itemsize for side in (left, right) for name in names), default=1)
+    kinds = [side[name].dtype for side in (left.tensors, right.tensors, plan.stored) for name in names if name in side]
+    width = max((kind.itemsize for kind in kinds), default=1)
     longest = min(CHUNK, max((left.tensors[name].numel for name in names), default=0))
-    buffers = [torch.empty(2, -(-longest * width // 8) * 8, dtype=torch.uint8) for _ in range(SLOTS)]
+    buffers = [torch.empty(3, -(-longest * width // 8) * 8, dtype=torch.uint8) for _ in range(SLOTS)]
 
     def job(slot: int, name: str, start: int, stop: int) -> Result:
         mine = left.read(name, start, stop, buffers[slot][0])
         theirs = right.read(name, start, stop, buffers[slot][1])
         if name in plan.stored:
-            return mine, difference(mine, theirs, plan.stored[name].dtype)
+            return mine, difference(mine, theirs, plan.stored[name].dtype, buffers[slot][2])
         return mine, None if torch.equal(mine, theirs) else (theirs, Tally())
 
     for name in names:
@@ -251,12 +252,19 @@ class Tally:
         self.square += other.square
 
 
-def difference(base: Tensor, aligned: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tally] | None:
-    """``aligned - base`` of flat tensors, rounded once to ``dtype``; None where nothing differs."""
+def difference(
+    base: Tensor, aligned: Tensor, dtype: torch.dtype, out: Tensor | None = None
+) -> tuple[Tensor, Tally] | None:
+    """``aligned - base`` of flat tensors, rounded once to ``dtype``; None where nothing differs.
+
+    ``out``: a uint8 buffer for the result.
+    """
     if base.dtype == aligned.dtype and _same_bytes(base, aligned):
         return None
     wide = torch.float64 if torch.float64 in (base.dtype, aligned.dtype, dtype) else torch.float32
-    delta, tally, moved = torch.empty(base.shape, dtype=dtype), Tally(), False
+    tally, moved = Tally(), False
+    size = base.numel() * dtype.itemsize
+    delta = (torch.empty(size, dtype=torch.uint8) if out is None else out[:size]).view(dtype)
     one, two = torch.empty(2, min(STEP, base.numel()), dtype=wide)
     for start in range(0, base.numel(), STEP):  # so short that the scratch stays in cache
         piece = slice(start, start + STEP)
