@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from alignvec.errors import AlignvecError
-from alignvec.kernels import dense, reference
+from alignvec.kernels import dense, eager, reference
 from tests.kernels.operands import (
     BF16,
     DEVICE,
@@ -170,18 +170,23 @@ def test_split_k_is_deterministic():
 
 
 def test_addresses_beyond_32_bits():
-    """Two vectors 2^31 elements apart, in memory of which only the touched pages exist."""
-    x, weight, bias, deltas, *rest = Case(4, 16, 32, 2).make()
-    stride = 2**31 + 64
-    memory = torch.frombuffer(mmap.mmap(-1, 2 * (stride + deltas[0].numel())), dtype=BF16)
+    """The third of three vectors begins beyond 2^31 elements, in memory of which only the touched pages exist."""
+    x, weight, bias, deltas, *rest = Case(4, 16, 32, 3).make()
+    stride = 2**30 + 64
+    memory = torch.frombuffer(mmap.mmap(-1, 2 * (2 * stride + deltas[0].numel())), dtype=BF16).to(DEVICE)
     far = memory.as_strided(deltas.shape, (stride, *deltas.stride()[1:]))
     far.copy_(deltas)
-    if DEVICE == "cuda":
-        far = memory.to(DEVICE).as_strided(deltas.shape, far.stride())
-    args = (x, weight, bias, far, *rest)
     for execution in ("split", "combine"):
-        y = dense.linear(*args, execution=execution, config=TILE)
+        y = dense.linear(x, weight, bias, far, *rest, execution=execution, config=TILE)
         assert_one_rounding(y, reference.linear(x, weight, bias, deltas, *rest))
+
+
+@pytest.mark.parametrize("rows", [1, 4, "random"])
+@pytest.mark.parametrize("name", ["torch-split", "torch-combine"])
+def test_torch_in_blocks_of_output_rows(name, rows, monkeypatch):
+    monkeypatch.setattr(eager, "BLOCK_WEIGHTS", 1)
+    args = Case(12, 70, 150, 3, rows=rows, bias=True).make()
+    assert_one_rounding(implementation(name)(*args), reference.linear(*args))
 
 
 def test_more_than_16_vectors_are_refused():
