@@ -9,7 +9,6 @@ exact, sums are float32, the result is rounded once, and no float32 copy of a la
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -81,15 +80,15 @@ def _split(
     wide = x.to(compute)
     y = None
     for block in _blocks(weight):
-        part = F.linear(wide, weight[block].to(compute), None if bias is None else bias[block].to(compute))
+        part = F.linear(wide, _widen(weight, block, compute), _widen(bias, block, compute))
         for i, c in mix:
-            delta = deltas[i, block].to(compute).t()
+            delta = _widen(deltas[i], block, compute).t()
             if isinstance(c, float):
                 part.addmm_(wide, delta, alpha=c)
             else:  # scaling x [tokens, in] costs one float32 rounding; the weights stay as they are
                 part.addmm_(wide * c, delta)
             if bias_deltas is not None:
-                part += bias_deltas[i, block].to(compute) * c
+                part += _widen(bias_deltas[i], block, compute) * c
         y = _store(y, part, x, weight, slice(None), block)
     return y
 
@@ -108,40 +107,54 @@ def _combine(
     wide = x.to(compute)
     y = None
     for block in _blocks(weight):
-        base = weight[block].to(compute)
-        base_bias = torch.zeros((), dtype=compute) if bias is None else bias[block].to(compute)
+        base, base_bias = _widen(weight, block, compute), _widen(bias, block, compute)
+        if base_bias is None and bias_deltas is not None:
+            base_bias = x.new_zeros((), dtype=compute)
         for start, stop, mix in runs:
             mixed, mixed_bias = base, base_bias
             for i, c in mix:
-                mixed = torch.add(mixed, deltas[i, block], alpha=c)
+                mixed = torch.add(mixed, deltas[i] if block is None else deltas[i, block], alpha=c)
                 if bias_deltas is not None:
-                    mixed_bias = torch.add(mixed_bias, bias_deltas[i, block], alpha=c)
+                    mixed_bias = torch.add(mixed_bias, _widen(bias_deltas[i], block, compute), alpha=c)
             if merged:
                 mixed = mixed.to(weight.dtype).to(compute)
-                mixed_bias = mixed_bias.to(weight.dtype).to(compute)
-            part = F.linear(wide[start:stop], mixed, mixed_bias if mixed_bias.dim() else None)
+                mixed_bias = None if mixed_bias is None else mixed_bias.to(weight.dtype).to(compute)
+            if mixed_bias is not None:
+                mixed_bias = mixed_bias.expand(mixed.shape[0])
+            part = F.linear(wide[start:stop] if len(runs) > 1 else wide, mixed, mixed_bias)
             y = _store(y, part, x, weight, slice(start, stop), block)
     return y
 
 
-def _blocks(weight: Tensor) -> Iterator[slice]:
-    """The output rows of `weight` in blocks of about BLOCK_WEIGHTS, whole where it is small."""
+def _blocks(weight: Tensor) -> list[slice | None]:
+    """The output rows of `weight` in blocks of about BLOCK_WEIGHTS; None is all of a small one, without a view."""
     size = max(16, BLOCK_WEIGHTS // max(weight.shape[1], 1))
-    return (slice(start, start + size) for start in range(0, max(weight.shape[0], 1), size))
+    if weight.shape[0] <= size:
+        return [None]
+    return [slice(start, start + size) for start in range(0, weight.shape[0], size)]
 
 
-def _store(y: Tensor | None, part: Tensor, x: Tensor, weight: Tensor, tokens: slice, block: slice) -> Tensor:
+def _widen(t: Tensor | None, block: slice | None, dtype: torch.dtype) -> Tensor | None:
+    """`t[block]` in `dtype`, without a call into torch where there is nothing to do: small layers feel each of them."""
+    if t is None:
+        return None
+    if block is not None:
+        t = t[block]
+    return t if t.dtype == dtype else t.to(dtype)
+
+
+def _store(y: Tensor | None, part: Tensor, x: Tensor, weight: Tensor, tokens: slice, block: slice | None) -> Tensor:
     """`part` rounded into its place in y, made when there is none; a part that is all of y becomes y."""
     if y is None:
         if part.shape == (x.shape[0], weight.shape[0]):
-            return part.to(x.dtype)
+            return part if part.dtype == x.dtype else part.to(x.dtype)
         y = x.new_empty(x.shape[0], weight.shape[0])
-    y[tokens, block] = part
+    y[tokens, slice(None) if block is None else block] = part
     return y
 
 
 def _runs(tokens: int, columns: Tensor, table: Tensor, rows: Tensor, token_rows: Tensor | None) -> list[Run] | None:
-    """The tokens in runs of one mix each; None where there are none or `rows` does not divide them. Host memory only."""
+    """The tokens in runs of one mix each, read from host memory; None for no tokens, or where `rows` does not fit."""
     if token_rows is not None:
         mixes = table.tolist()
         spans = [(row, len(list(span))) for row, span in itertools.groupby(token_rows.tolist())]
