@@ -1,4 +1,4 @@
-"""The commands on stored models and vectors: extract, inspect, check, merge; the others are registered from their files."""
+"""The commands on stored models and vectors: extract, inspect, check, merge; the others have files of their own."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def extract(
     aligned: Annotated[str, typer.Argument(help="The model after it.")],
     output: Annotated[Path, typer.Argument(help="Folder to write the vector to.")],
     format: Annotated[str, typer.Option(help="How the deltas are encoded.")] = "dense",
-    dtype: Annotated[str | None, typer.Option(help="Store deltas in this dtype; default: as found.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the stored deltas; default: as found.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file.")] = "5GB",
     overwrite: OverwriteOption = False,
 ) -> None:

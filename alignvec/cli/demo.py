@@ -19,7 +19,7 @@ Rates = dict[str, dict[float, dict[str, float]]]  # domain -> coefficient -> lev
 
 
 def demo(
-    output: Annotated[Path, typer.Option(help="Folder for the picture.")] = Path("demo-out"),
+    output: Annotated[Path, typer.Option(help="Folder for the picture and the table.")] = Path("demo-out"),
     queries: Annotated[int, typer.Option(help="Held-out queries per domain.", min=1)] = 40,
 ) -> None:
     """Turn the shipped model's knobs: level rates over coefficients, answers, and a batch with a mix per row.
@@ -29,9 +29,11 @@ def demo(
     import transformers
 
     import alignvec
-    from alignvec.recipes import DOMAINS, heldout, model_path
+    from alignvec.recipes import model_path
+    from alignvec.recipes.dataset import DOMAINS, make_rows
 
     begun = time.perf_counter()
+    output.mkdir(parents=True, exist_ok=True)
     transformers.logging.set_verbosity_error()
     console.rule("extract")
     vectors = {}
@@ -41,7 +43,7 @@ def demo(
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model_path("base"))
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(model_path("base"), dtype=torch.float32).eval()
     alignment = alignvec.attach(model, vectors)
-    rows = {domain: heldout(domain, queries) for domain in DOMAINS}
+    rows = {domain: make_rows(domain, "test")[:queries] for domain in DOMAINS}
     console.print(f"attached to a {type(model).__name__} of {model.num_parameters():,} parameters: {alignment}")
 
     console.rule("level rates on held-out queries")
@@ -49,6 +51,7 @@ def demo(
     for domain in DOMAINS:
         console.print(_rate_table(domain, rates[domain], len(rows[domain])))
     picture = _draw(rates, output)
+    (output / "level-rates.md").write_text(_markdown(rates))
 
     console.rule("answers")
     for domain in DOMAINS:
@@ -88,6 +91,15 @@ def _rate_table(domain: str, rates: dict[float, dict[str, float]], queries: int)
     return shown
 
 
+def _markdown(rates: Rates) -> str:
+    """The rates as the README shows them: avoidance / generic / expert in percent, a row a coefficient."""
+    lines = [f"| coefficient | {' | '.join(rates)} |", "| ---: |" + " :---: |" * len(rates)]
+    for coefficient in COEFFICIENTS:
+        cells = (" / ".join(f"{rates[domain][coefficient][level]:.0%}" for level in LEVEL_COLOURS) for domain in rates)
+        lines.append(f"| {coefficient:+.2f} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def _draw(rates: Rates, output: Path) -> Path:
     from matplotlib.figure import Figure
 
@@ -99,7 +111,6 @@ def _draw(rates: Rates, output: Path) -> Path:
             title=domain, xlabel=f"coefficient of the {domain} vector", ylabel="share of queries", ylim=(-0.03, 1.03)
         )
     axes.legend(frameon=False)
-    output.mkdir(parents=True, exist_ok=True)
     picture = output / "level-rates.png"
     figure.savefig(picture, dpi=150)
     return picture
