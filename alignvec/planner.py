@@ -46,9 +46,11 @@ def resolve_backend(device_type: str, backend: str = "auto") -> str:
 @functools.cache
 def _kernel(backend: str) -> Callable[..., torch.Tensor]:
     if backend == "triton":
-        from alignvec.kernels.dense import linear
-    else:
-        from alignvec.kernels.eager import linear
+        from alignvec.kernels.dense import linear as dense_linear
+
+        return dense_linear
+    from alignvec.kernels.eager import linear
+
     return linear
 
 
