@@ -41,10 +41,10 @@ class Table:
         return twin
 
     def copy_(self, table: torch.Tensor, rows: torch.Tensor | int) -> None:
-        """Take over the first rows, and how many are in use."""
+        """Take over a table [max_rows, n_vectors], and how many of its rows are in use."""
         with self._ordered():
             # From pageable host memory on purpose: the driver takes its own copy of so few bytes before it returns.
-            self.table[: len(table)].copy_(table, non_blocking=True)
+            self.table.copy_(table, non_blocking=True)
             if isinstance(rows, int):
                 self.rows.fill_(rows)
             else:
@@ -82,6 +82,7 @@ class Coefficients:
         self.max_rows = max_rows
         self.mixes: list[tuple[float, ...]] = [(0.0,) * len(self.names)]
         self.batch: int | None = None  # sequences in the step under way
+        self._host = torch.zeros(max_rows, len(self.names), device="cpu")
         self._column = {name: i for i, name in enumerate(self.names)}
         self._staged: dict[torch.device, Table] = {}
         self._live: dict[torch.device, Table] = {}
@@ -114,9 +115,9 @@ class Coefficients:
     def devices(self) -> tuple[torch.device, ...]:
         return tuple(self._live)
 
-    def mix(self, values: Mapping[str, float], start: Sequence[float] | None = None) -> tuple[float, ...]:
-        """Values by name as one row of the table; names left out keep `start`, or are 0."""
-        row = list(start) if start is not None else [0.0] * len(self.names)
+    def mix(self, values: Mapping[str, float]) -> tuple[float, ...]:
+        """Values by name as one row of the table; names left out are 0."""
+        row = [0.0] * len(self.names)
         for name, value in values.items():
             column = self._column.get(name)
             if column is None:
@@ -143,6 +144,7 @@ class Coefficients:
             )
         with publish_lock:
             self.mixes = list(mixes)
+            self._host.numpy()[: len(mixes)] = mixes
             self._version += 1
             for device in self._staged:
                 self._stage(device)
@@ -159,7 +161,7 @@ class Coefficients:
                     self._published[device] = self._version
 
     def _stage(self, device: torch.device) -> None:
-        self._staged[device].copy_(torch.tensor(self.mixes, dtype=torch.float32), len(self.mixes))
+        self._staged[device].copy_(self._host, len(self.mixes))
 
 
 def _capturing(device: torch.device) -> bool:
