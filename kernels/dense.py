@@ -3,9 +3,9 @@
     y[m] = x[m] W^T + b + sum_i c[m, i] (x[m] D_i^T + b_i)
 
 Sums are float32 and the result is rounded once. A coefficient is device data: nothing compiled or captured depends on
-its value, nor on the number of rows in use. The weights are always the second operand of the matrix instruction, which
-comes from shared memory: on Hopper, a first operand built in registers can meet a miscompiled pipeline
-(triton-lang/triton#9433).
+its value, nor on the number of rows in use. What is built in registers, a mix or half of one, is the second operand of
+the matrix instruction, which goes through shared memory: on Hopper, a first operand built in registers can meet a
+miscompiled pipeline (triton-lang/triton#9433). Where x itself has to be converted, tiles stay too low for wgmma.
 """
 
 from __future__ import annotations
@@ -48,23 +48,24 @@ def choose_config(
     in_features: int,
     k: int,
     dtype: torch.dtype,
-    delta_dtype: torch.dtype,
+    weights: torch.dtype,
     hip: bool = torch.version.hip is not None,
 ) -> Config:
-    """The launch for activations [tokens, in_features] of `dtype` and `k` deltas [out_features, in_features].
+    """The launch for activations [tokens, in_features] of `dtype` and a weight and `k` deltas of `weights`, the dtype
+    that holds them all.
 
     Tiles read full 128-byte lines of the weights. Accumulators stay under about 128 registers a thread and stages
     under 96 KiB of shared memory (64 on AMD): any GPU since sm_80 runs them, large ones two at a time.
     """
     shared = 64 << 10 if hip else 96 << 10
-    itemsize = max(dtype.itemsize, delta_dtype.itemsize)
+    itemsize = dtype.itemsize if dtype == weights else 4
     block_k = 128 // itemsize
     warps = 8
     if execution == "combine":
         tiles, block_m, block_k = k + 1, 128, 32
         block_n = 128 if k <= 4 else 64 if k <= 8 else 32
-        if itemsize == 4 or dtype == torch.float16:  # tiles of float32 go through shared memory
-            block_m, block_n = 256 // itemsize, min(block_n, 32 if dtype == torch.float32 else 64)
+        if itemsize == 4 or dtype == torch.float16:  # float32 in shared memory, and perhaps an x that is converted
+            block_m, block_n = 64 if dtype == torch.float32 else 32, 32 if dtype == torch.float32 else min(block_n, 64)
     elif k == 1 and tokens > DECODE_TOKENS and itemsize == 2:
         tiles, block_m, block_n, block_k = 2, 128, 128, 32
     else:
@@ -364,8 +365,8 @@ def linear(
     """`y[m] = x[m] W^T + b + sum_i c[m, i] (x[m] D_i^T + b_i)`, rounded once, to x's dtype.
 
     x [tokens, in], weight [out, in], bias [out], deltas [k, out, in], bias_deltas [k, out] -> [tokens, out]; float32,
-    bfloat16 or float16, each its own, with any strides. The other arguments and the row rule, NaN included, are those
-    of `reference.token_coefficients`.
+    bfloat16 or float16, each its own, with any strides. The other arguments, contiguous, and the row rule, NaN
+    included, are those of `reference.token_coefficients`.
 
     `precision="merged"` rounds the mix to the weight's dtype, as a stored merge would, where the tokens of a tile share
     it; other tiles stay exact, and so does `execution="split"`. `config` replaces the choice of `choose_config`.
@@ -384,7 +385,8 @@ def linear(
         execution = "split" if exact and tokens <= DECODE_TOKENS else "combine"
     if execution == "combine" and exact and k == 1:
         execution = "split"  # two products like combine's pair, without forming a mix
-    config = config or choose_config(execution, tokens, out_features, in_features, k, x.dtype, deltas.dtype)
+    weights = torch.promote_types(weight.dtype, deltas.dtype)
+    config = config or choose_config(execution, tokens, out_features, in_features, k, x.dtype, weights)
     tensors = (x, weight, bias, deltas, bias_deltas, columns, table, rows, token_rows)
     sizes = (tokens, out_features, in_features)
     strides = (

@@ -68,13 +68,15 @@ CASES = [
     Case("combine", 2048, 16, token_rows=True),
     Case("combine", 2048, 3, torch.float16),
     Case("combine", 2048, 3, torch.float32),
+    Case("combine", 2048, 3, delta=torch.float16),
 ]
 
 
 def source(case: Case, target: str) -> tuple[ASTSource, dense.Config]:
     """What the launcher would specialise `case` to: absent tensors, unit strides, and sizes that 16 divides."""
     shape = (case.execution, case.tokens, case.out_features, case.in_features, case.k)
-    config = dense.choose_config(*shape, case.dtype, case.delta or case.dtype, hip=target.startswith("gfx"))
+    weights = torch.promote_types(case.dtype, case.delta or case.dtype)
+    config = dense.choose_config(*shape, case.dtype, weights, hip=target.startswith("gfx"))
     values: dict[str, Any] = {
         "y_ptr": "*fp32" if config.split_k > 1 else POINTERS[case.dtype],
         "x_ptr": POINTERS[case.dtype],

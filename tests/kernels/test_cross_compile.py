@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import triton
 from rich.console import Console
 from rich.table import Table
 
@@ -54,6 +55,7 @@ def test_every_case_compiled_for_every_target(measured):
     assert len(measured) == len({row["case"] for row in measured}) * len(targets)
 
 
+@pytest.mark.skipif(not triton.__version__.startswith("3.7."), reason="the budgets are those of Triton 3.7")
 @pytest.mark.parametrize("target", SHARED)
 def test_budgets(measured, target):
     over = []
@@ -64,6 +66,7 @@ def test_budgets(measured, target):
             and row["registers"] <= REGISTERS.get(row["block_m"], 255)
             and row["shared"] <= SHARED[target]
             and needed <= set(row["matrix"])
+            and not row.get("register_operand")  # wgmma with a first operand in registers: triton-lang/triton#9433
         )
         if not fine:
             over.append(row)
