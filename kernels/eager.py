@@ -78,9 +78,9 @@ def _split(
     """A product for the base and one for each vector; coefficients are floats, or [tokens, 1] one for each token."""
     compute = torch.promote_types(x.dtype, torch.float32)
     wide = x.to(compute)
-    y = None
+    y: Tensor | None = None
     for block in _blocks(weight):
-        part = F.linear(wide, _widen(weight, block, compute), _widen(bias, block, compute))
+        part = F.linear(wide, _widen(weight, block, compute), None if bias is None else _widen(bias, block, compute))
         for i, c in mix:
             delta = _widen(deltas[i], block, compute).t()
             if isinstance(c, float):
@@ -90,6 +90,7 @@ def _split(
             if bias_deltas is not None:
                 part += _widen(bias_deltas[i], block, compute) * c
         y = _store(y, part, x, weight, slice(None), block)
+    assert y is not None  # there is always a block
     return y
 
 
@@ -105,16 +106,17 @@ def _combine(
     """One product for each run of tokens, with a mix formed in float32 block by block."""
     compute = torch.promote_types(x.dtype, torch.float32)
     wide = x.to(compute)
-    y = None
+    y: Tensor | None = None
     for block in _blocks(weight):
-        base, base_bias = _widen(weight, block, compute), _widen(bias, block, compute)
+        base = _widen(weight, block, compute)
+        base_bias = None if bias is None else _widen(bias, block, compute)
         if base_bias is None and bias_deltas is not None:
             base_bias = x.new_zeros((), dtype=compute)
         for start, stop, mix in runs:
             mixed, mixed_bias = base, base_bias
             for i, c in mix:
                 mixed = torch.add(mixed, deltas[i] if block is None else deltas[i, block], alpha=c)
-                if bias_deltas is not None:
+                if bias_deltas is not None and mixed_bias is not None:
                     mixed_bias = torch.add(mixed_bias, _widen(bias_deltas[i], block, compute), alpha=c)
             if merged:
                 mixed = mixed.to(weight.dtype).to(compute)
@@ -123,6 +125,7 @@ def _combine(
                 mixed_bias = mixed_bias.expand(mixed.shape[0])
             part = F.linear(wide[start:stop] if len(runs) > 1 else wide, mixed, mixed_bias)
             y = _store(y, part, x, weight, slice(start, stop), block)
+    assert y is not None  # there is always a block, and a run
     return y
 
 
@@ -134,10 +137,8 @@ def _blocks(weight: Tensor) -> list[slice | None]:
     return [slice(start, start + size) for start in range(0, weight.shape[0], size)]
 
 
-def _widen(t: Tensor | None, block: slice | None, dtype: torch.dtype) -> Tensor | None:
+def _widen(t: Tensor, block: slice | None, dtype: torch.dtype) -> Tensor:
     """`t[block]` in `dtype`, without a call into torch where there is nothing to do: small layers feel each of them."""
-    if t is None:
-        return None
     if block is not None:
         t = t[block]
     return t if t.dtype == dtype else t.to(dtype)
