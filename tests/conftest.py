@@ -5,6 +5,9 @@ import os
 
 import torch
 
+if importlib.util.find_spec("triton") is None:
+    collect_ignore = ["kernels"]
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     if importlib.util.find_spec("triton") is not None and os.environ["TRITON_INTERPRET"] == "1":
