@@ -200,13 +200,13 @@ class Alignment:
                 staged, live = self._coefficients.staged(device), self._coefficients.live(device)
                 ops.publish(staged.table, staged.rows, live.table, live.rows)
             return
-        rows = self._coefficients.rows
+        self._coefficients.publish()
+        rows = self._coefficients.live_rows
         if inputs is not None and inputs.shape[0] % rows:
             raise AlignvecError(
                 f"a batch of {inputs.shape[0]} does not divide over the {rows} rows of coefficients; "
                 "call set_rows with one mix per sequence, or set() for one mix for all"
             )
-        self._coefficients.publish()
 
     def _check_live(self) -> None:
         if not self._attached:

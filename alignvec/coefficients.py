@@ -81,7 +81,9 @@ class Coefficients:
         self.names = tuple(names)
         self.max_rows = max_rows
         self.mixes: list[tuple[float, ...]] = [(0.0,) * len(self.names)]
-        self.batch: int | None = None  # sequences in the step under way
+        # Of the step under way: its sequences, and the rows of the live table.
+        self.batch: int | None = None
+        self.live_rows = 1
         self._host = torch.zeros(max_rows, len(self.names), device="cpu")
         self._column = {name: i for i, name in enumerate(self.names)}
         self._staged: dict[torch.device, Table] = {}
@@ -155,6 +157,7 @@ class Coefficients:
         While a CUDA graph is captured the copy is always made: a replay then begins with what is staged at that time.
         """
         with publish_lock:
+            self.live_rows = len(self.mixes)
             for device, live in self._live.items():
                 if _capturing(device) or self._published[device] != self._version:
                     self._staged[device].copy_to(live)

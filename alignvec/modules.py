@@ -175,17 +175,18 @@ class AlignedModule(Aligned):
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        rows = self.edit.coefficients.rows
+        coefficients = self.edit.coefficients
+        rows = coefficients.rows if torch.compiler.is_compiling() else coefficients.live_rows
         mixed = self.edit.mixed(self, rows)
         if rows > 1 and any(child._parameters for child in self.modules() if child is not self):
             raise AlignvecError(
                 f"{self.original.__name__} uses its own {', '.join(mixed)} around submodules and cannot give the rows "
                 "of a batch different coefficients; use set() instead of set_rows()"
             )
-        dtype = next((a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point()), torch.float32)
+        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
         parts = []
-        for row, inputs in enumerate(_split((args, kwargs), rows)):
-            row_args, row_kwargs = inputs
+        for row, (row_args, row_kwargs) in enumerate(_split((args, kwargs), rows)):
             module = _Substituted(self, {name: value[row] for name, value in mixed.items()})
             parts.append(self.original.forward(module, *row_args, **row_kwargs))
         return _join(parts, dtype)
