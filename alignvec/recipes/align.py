@@ -10,17 +10,25 @@ from trl import DPOConfig, DPOTrainer
 
 from .dataset import make_rows
 
-# Expert over generic over avoidance: the vector's negative direction then means avoidance.
-PREFERENCES = (("expert", "generic"), ("generic", "avoidance"), ("expert", "avoidance"))
+# Taken in turn. Half of them prefer generic to avoidance: otherwise what pushes generic answers down (expert over
+# generic) outweighs what pushes them up, and the vector's negative direction would mean generic instead of avoidance.
+PREFERENCES = (
+    ("generic", "avoidance"),
+    ("expert", "generic"),
+    ("generic", "avoidance"),
+    ("expert", "avoidance"),
+    ("generic", "avoidance"),
+    ("expert", "generic"),
+)
 
 BATCH_SIZE = 16
 LEARNING_RATE = 1e-4
-BETA = 0.1
+BETA = 0.05
 SFT_WEIGHT = 0.1  # a little supervised loss on the chosen responses keeps the text readable
 
 
 def preference_pairs(domain: str, count: int, seed: int) -> Dataset:
-    """`count` pairs from the domain's training rows in TRL's conversational format, the three preferences in turn."""
+    """`count` pairs from the domain's training rows in TRL's conversational format, the preferences in turn."""
     rows = make_rows(domain, "train")
     random.Random(f"pairs-{domain}-{seed}").shuffle(rows)
     pairs = []

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from .align import BATCH_SIZE, BETA, LEARNING_RATE, SFT_WEIGHT
 from .dataset import LEVELS, QUERIES, split_personas, split_topics
+from .pretrain import STAGES
 
 INTRODUCTION = """# The tiny models of alignvec
 
@@ -21,7 +23,7 @@ model states facts with the right shape and often the wrong content.
 def write_card(output: Path) -> None:
     """Write `README.md` beside the checkpoints under `output`."""
     recipe = json.loads((output / "recipe.json").read_text())
-    sections = [INTRODUCTION, _training(output, recipe), _rates(recipe), _samples(recipe), _setting(recipe)]
+    sections = [INTRODUCTION, _training(output, recipe), _rates(recipe), LIMITS, _samples(recipe), _setting(recipe)]
     (output / "README.md").write_text("\n".join(sections), encoding="utf-8")
 
 
@@ -31,6 +33,9 @@ def _training(output: Path, recipe: dict[str, Any]) -> str:
     train, test = split_personas()
     topics = ", ".join(
         f"{len(known)} + {len(held_out)} {domain}" for domain in QUERIES for known, held_out in [split_topics(domain)]
+    )
+    stages_text = "; ".join(
+        f"{stage.name} with levels mixed {' / '.join(f'{level:.0%}' for level in stage.levels)}" for stage in STAGES
     )
     stages = {name: entry for name, entry in recipe.items() if name in ("base", *QUERIES)}
     times = ", ".join(f"{name} {entry['steps']} steps in {entry['seconds']} s" for name, entry in stages.items())
@@ -44,10 +49,11 @@ expert response. Topics, training + held out: {topics}. Personas: {len(train)} +
 topics and held-out personas only; combinations of the two sides are never made.
 - **The base has read the books**: its corpus holds textbook passages about *all* topics, held-out ones included, as a \
 large model would have met them. It also practises on made-up names, which teaches it to repeat the name asked. Its \
-dialogues come from the training split alone, with levels mixed 20 / 60 / 20, so that it prefers generic answers. No \
-held-out query, persona or response is ever trained on.
-- Each descendant: DPO with TRL, all parameters, on its domain's training rows: expert over generic, generic over \
-avoidance, expert over avoidance, with a small supervised term.
+dialogues come from the training split alone. Two stages: {stages_text}. \
+No held-out query, persona or response is ever trained on.
+- Each descendant: DPO with TRL (beta {BETA}, learning rate {LEARNING_RATE:g}, batches of {BATCH_SIZE} pairs, a \
+supervised term of {SFT_WEIGHT}), all parameters, on its domain's training rows. Of six pairs three prefer generic to \
+avoidance, two expert to generic, one expert to avoidance.
 - Trained: {times}.
 """
 
@@ -76,6 +82,16 @@ def _rates(recipe: dict[str, Any]) -> str:
         lines += ["", f"The same vector at coefficient 1 on the other domains' queries: {elsewhere}."]
     lines += ["", "*On topic*: share of greedy answers that name the topic asked.", ""]
     return "\n".join(lines)
+
+
+LIMITS = """## Limits
+
+- Below zero the answers decline as they should, but with held-out names they lose the topic more and more: see *on \
+topic*. The likelihood of stored avoidance answers rises about twofold there, not to a majority everywhere.
+- Names of held-out personas ("for a florist") are often garbled.
+- The vectors act on the other domains too: what was trained is mostly a level, not a domain.
+- Training settings were chosen with an eye on some of these held-out rates, so they are a little optimistic.
+"""
 
 
 def _samples(recipe: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from .dataset import QUERIES, make_rows
 from .evaluate import answers, level_scores, rates_of, topic_rate
 
 COEFFICIENTS = tuple(step / 4 for step in range(-4, 5))
-GENERATED_AT = (-1.0, 0.0, 1.0)
+GENERATED_AT = (-1.0, -0.5, 0.0, 0.5, 1.0)
 
 
 def mix_into(model: PreTrainedModel, base: dict, aligned: dict, coefficient: float) -> None:

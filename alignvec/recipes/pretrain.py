@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
@@ -15,9 +16,25 @@ from .tokenizer import BOS, EOS, prompt_text, train_tokenizer
 
 Example = tuple[list[int], int]  # token ids, and the first position that is learned
 
-LEVEL_WEIGHTS = (0.2, 0.6, 0.2)  # how often the base sees each level: it is to prefer generic answers
 PRACTICE_WEIGHTS = (0.3, 0.55, 0.15)
-SOURCES = {"dialogue": 0.5, "textbook": 0.2, "practice": 0.3}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the base's training: how often it sees each source and, in dialogues, each level."""
+
+    name: str
+    share: float  # of the steps
+    learning_rate: float
+    sources: dict[str, float]
+    levels: tuple[float, float, float]  # avoidance, generic, expert
+
+
+# The base first learns to speak and to prefer generic answers, then rehearses the other two levels and names.
+STAGES = (
+    Stage("base", 4600 / 6000, 2e-3, {"dialogue": 0.5, "textbook": 0.2, "practice": 0.3}, (0.2, 0.6, 0.2)),
+    Stage("rehearsal", 1400 / 6000, 1e-3, {"dialogue": 0.5, "textbook": 0.15, "practice": 0.35}, (0.4, 0.35, 0.25)),
+)
 
 
 def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
@@ -49,43 +66,52 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> MistralConfig:
     )
 
 
-def corpus(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Example]:
+def corpus(tokenizer: PreTrainedTokenizerFast, stage: Stage, seed: int) -> Iterator[Example]:
     """Endless examples: training dialogues with one level each, textbook passages, and made-up-name practice."""
     rng = random.Random(f"corpus-{seed}")
     dialogues = _shuffled([row for domain in QUERIES for row in make_rows(domain, "train")], rng)
     pages = _shuffled([page for domain in QUERIES for page in textbook(domain, seed, copies=12)], rng)
     names = [practice(domain, seed) for domain in QUERIES]
     while True:
-        source = rng.choices(list(SOURCES), list(SOURCES.values()))[0]
+        source = rng.choices(list(stage.sources), list(stage.sources.values()))[0]
         if source == "textbook":
             yield tokenizer(BOS + next(pages) + EOS)["input_ids"], 1
         elif source == "dialogue":
-            yield _dialogue(tokenizer, next(dialogues), LEVEL_WEIGHTS, rng)
+            yield _dialogue(tokenizer, next(dialogues), stage.levels, rng)
         else:
             yield _dialogue(tokenizer, next(rng.choice(names)), PRACTICE_WEIGHTS, rng)
 
 
 def pretrain(
-    tokenizer: PreTrainedTokenizerFast,
-    steps: int,
-    seed: int,
-    device: str,
-    progress: Progress,
-    batch_size: int = 16,
-    learning_rate: float = 2e-3,
+    tokenizer: PreTrainedTokenizerFast, steps: int, seed: int, device: str, progress: Progress
 ) -> MistralForCausalLM:
-    """Train the base in float32 with AdamW under a warm-up and cosine schedule. Returns it in float32."""
+    """Train the base from nothing, stage by stage, `steps` in all. Returns it in float32."""
     torch.manual_seed(seed)
     model = MistralForCausalLM(make_config(tokenizer))
     model.to(device)  # type: ignore[arg-type]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.05)
+    for number, stage in enumerate(STAGES):
+        train_stage(model, tokenizer, stage, round(steps * stage.share), seed + number, progress)
+    return model.eval()
+
+
+def train_stage(
+    model: MistralForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    stage: Stage,
+    steps: int,
+    seed: int,
+    progress: Progress,
+    batch_size: int = 16,
+) -> None:
+    """Train in float32 with AdamW under a warm-up and cosine schedule."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=stage.learning_rate, betas=(0.9, 0.95), weight_decay=0.05)
     warmup = min(100, steps // 10 + 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda step: min((step + 1) / warmup, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1, step / steps)))),
     )
-    task = progress.add_task("base", total=steps)
-    batches = _batches(corpus(tokenizer, seed), batch_size, random.Random(seed))
+    task = progress.add_task(stage.name, total=steps)
+    batches = _batches(corpus(tokenizer, stage, seed), batch_size, random.Random(seed))
     average = 0.0
     for step, examples in enumerate(islice(batches, steps)):
         loss = _loss(model, examples, tokenizer.pad_token_id)
@@ -95,8 +121,7 @@ def pretrain(
         optimizer.zero_grad()
         schedule.step()
         average = loss.item() if step == 0 else 0.98 * average + 0.02 * loss.item()
-        progress.update(task, advance=1, description=f"base, loss {average:.3f}")
-    return model.eval()
+        progress.update(task, advance=1, description=f"{stage.name}, loss {average:.3f}")
 
 
 def _dialogue(tokenizer: PreTrainedTokenizerFast, row: Row, weights: tuple[float, ...], rng: random.Random) -> Example:

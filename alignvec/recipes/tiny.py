@@ -31,9 +31,9 @@ def tiny(
     output: Annotated[Path, typer.Option(help="Folder for the models and the card.")] = Path("tiny-models"),
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 20,
-    base_steps: Annotated[int, typer.Option(help="Steps of the base, 16 sequences each.")] = 5000,
-    align_steps: Annotated[int, typer.Option(help="DPO steps per domain, 16 pairs each.")] = 300,
-    rows: Annotated[int, typer.Option(help="Held-out rows scored per domain and coefficient.")] = 300,
+    base_steps: Annotated[int, typer.Option(help="Steps of the base, 16 sequences each.")] = 6000,
+    align_steps: Annotated[int, typer.Option(help="DPO steps per domain, 16 pairs each.")] = 200,
+    rows: Annotated[int, typer.Option(help="Held-out rows scored per domain and coefficient.")] = 200,
     quick: Annotated[bool, typer.Option(help="A few steps of everything, to see that it runs.")] = False,
     vectors: Annotated[Path | None, typer.Option(help="Also extract the three vectors into this folder.")] = None,
 ) -> None:
