@@ -8,7 +8,7 @@ from rich.progress import Progress
 from transformers import MistralForCausalLM, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from .dataset import make_rows
+from alignvec.recipes.dataset import make_rows
 
 # Taken in turn. Half of them prefer generic to avoidance: otherwise what pushes generic answers down (expert over
 # generic) outweighs what pushes them up, and the vector's negative direction would mean generic instead of avoidance.

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from .align import BATCH_SIZE, BETA, LEARNING_RATE, SFT_WEIGHT
-from .dataset import LEVELS, QUERIES, split_personas, split_topics
-from .pretrain import STAGES
+from alignvec.recipes.align import BATCH_SIZE, BETA, LEARNING_RATE, SFT_WEIGHT
+from alignvec.recipes.dataset import LEVELS, QUERIES, split_personas, split_topics
+from alignvec.recipes.pretrain import STAGES
 
 INTRODUCTION = """# The tiny models of alignvec
 

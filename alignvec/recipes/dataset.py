@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING
 
-from .phrasing import DOMAINS, Intent, Kind, common
-from .phrasing.personas import HELD_OUT_PERSONAS, PERSONAS
-from .topics import Topic, load_topics
+from alignvec.recipes.phrasing import DOMAINS, Intent, Kind, common
+from alignvec.recipes.phrasing.personas import HELD_OUT_PERSONAS, PERSONAS
+from alignvec.recipes.topics import Topic, load_topics
 
 if TYPE_CHECKING:
     from datasets import Dataset

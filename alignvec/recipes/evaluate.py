@@ -11,9 +11,8 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alignvec.errors import AlignvecError
-
-from .dataset import LEVELS, Row
-from .tokenizer import EOS, prompt_text
+from alignvec.recipes.dataset import LEVELS, Row
+from alignvec.recipes.tokenizer import EOS, prompt_text
 
 
 @torch.no_grad()

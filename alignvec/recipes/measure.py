@@ -7,8 +7,8 @@ import torch
 from rich.progress import Progress
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from .dataset import QUERIES, make_rows
-from .evaluate import answers, level_scores, rates_of, topic_rate
+from alignvec.recipes.dataset import QUERIES, make_rows
+from alignvec.recipes.evaluate import answers, level_scores, rates_of, topic_rate
 
 COEFFICIENTS = tuple(step / 4 for step in range(-4, 5))
 GENERATED_AT = (-1.0, -0.5, 0.0, 0.5, 1.0)

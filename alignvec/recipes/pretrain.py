@@ -11,8 +11,8 @@ from rich.progress import Progress
 from torch.nn.functional import cross_entropy
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
-from .dataset import LEVELS, QUERIES, Row, make_rows, practice, textbook
-from .tokenizer import BOS, EOS, prompt_text, train_tokenizer
+from alignvec.recipes.dataset import LEVELS, QUERIES, Row, make_rows, practice, textbook
+from alignvec.recipes.tokenizer import BOS, EOS, prompt_text, train_tokenizer
 
 Example = tuple[list[int], int]  # token ids, and the first position that is learned
 

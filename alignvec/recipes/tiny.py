@@ -18,11 +18,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import MistralForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
-from .align import align
-from .card import write_card
-from .dataset import QUERIES
-from .measure import measure
-from .pretrain import make_tokenizer, pretrain
+from alignvec.recipes.align import align
+from alignvec.recipes.card import write_card
+from alignvec.recipes.dataset import QUERIES
+from alignvec.recipes.measure import measure
+from alignvec.recipes.pretrain import make_tokenizer, pretrain
 
 PACKAGES = ("torch", "transformers", "trl", "datasets", "tokenizers", "accelerate", "safetensors")
 

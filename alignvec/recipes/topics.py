@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from .phrasing import DOMAINS
+from alignvec.recipes.phrasing import DOMAINS
 
 KNOWLEDGE = Path(__file__).parent / "knowledge"
 

@@ -1,9 +1,9 @@
 """Phrasing tables: who asks, how things are asked, and how each level answers."""
 
-from .financial import FINANCIAL
-from .grammar import Domain, Intent, Kind
-from .legal import LEGAL
-from .medical import MEDICAL
+from alignvec.recipes.phrasing.financial import FINANCIAL
+from alignvec.recipes.phrasing.grammar import Domain, Intent, Kind
+from alignvec.recipes.phrasing.legal import LEGAL
+from alignvec.recipes.phrasing.medical import MEDICAL
 
 DOMAINS: dict[str, Domain] = {domain.name: domain for domain in (MEDICAL, LEGAL, FINANCIAL)}
 

@@ -1,6 +1,6 @@
 """Phrasing for financial instruments and measures."""
 
-from .grammar import Domain, Intent, Kind
+from alignvec.recipes.phrasing.grammar import Domain, Intent, Kind
 
 INSTRUMENTS = Kind(
     name="instrument",

@@ -1,6 +1,6 @@
 """Phrasing for legal doctrines, wrongs, orders and instruments."""
 
-from .grammar import Domain, Intent, Kind
+from alignvec.recipes.phrasing.grammar import Domain, Intent, Kind
 
 DOCTRINES = Kind(
     name="doctrine",

@@ -1,6 +1,6 @@
 """Phrasing for medicines and conditions."""
 
-from .grammar import Domain, Intent, Kind
+from alignvec.recipes.phrasing.grammar import Domain, Intent, Kind
 
 DRUGS = Kind(
     name="drug",
