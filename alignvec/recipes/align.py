@@ -21,10 +21,14 @@ PREFERENCES = (
     ("expert", "generic"),
 )
 
+# Steps that bring a domain's expert rate to about nine in ten; a longer run only makes the vector longer.
+STEPS = {"medical": 115, "legal": 100, "financial": 100}
 BATCH_SIZE = 16
 LEARNING_RATE = 1e-4
 BETA = 0.05
-SFT_WEIGHT = 0.1  # a little supervised loss on the chosen responses keeps the text readable
+# A little supervised loss on the chosen responses keeps the text readable; more of it teaches the domain's words, and
+# the vector's negative direction would unlearn them.
+SFT_WEIGHT = 0.03
 
 
 def preference_pairs(domain: str, count: int, seed: int) -> Dataset:
@@ -56,7 +60,12 @@ def align(
     beta: float = BETA,
     sft_weight: float = SFT_WEIGHT,
 ) -> MistralForCausalLM:
-    """Train all parameters of `model` (in place, float32) on the domain's preferences with TRL's DPO."""
+    """Train `model` (in place, float32) on the domain's preferences with TRL's DPO.
+
+    All parameters but the embedding, which is the head as well: moving it makes words likelier everywhere, and dialled
+    below zero the vector would lose the words of the topic asked.
+    """
+    model.get_input_embeddings().weight.requires_grad_(False)
     with tempfile.TemporaryDirectory() as folder:
         config = DPOConfig(
             output_dir=folder,

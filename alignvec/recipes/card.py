@@ -48,11 +48,13 @@ def _training(output: Path, recipe: dict[str, Any]) -> str:
 expert response. Topics, training + held out: {topics}. Personas: {len(train)} + {len(test)}. Test rows use held-out \
 topics and held-out personas only; combinations of the two sides are never made.
 - **The base has read the books**: its corpus holds textbook passages about *all* topics, held-out ones included, as a \
-large model would have met them. It also practises on made-up names, which teaches it to repeat the name asked. Its \
-dialogues come from the training split alone. Two stages: {stages_text}. \
+large model would have met them; in its last stage it reads up on the held-out ones. It also practises on made-up \
+names, which teaches it to repeat the name asked. Its \
+dialogues come from the training split alone. {len(STAGES)} stages: {stages_text}. \
 No held-out query, persona or response is ever trained on.
 - Each descendant: DPO with TRL (beta {BETA}, learning rate {LEARNING_RATE:g}, batches of {BATCH_SIZE} pairs, a \
-supervised term of {SFT_WEIGHT}), all parameters, on its domain's training rows. Of six pairs three prefer generic to \
+supervised term of {SFT_WEIGHT}), all parameters but the embedding, on its domain's training rows. Of six pairs three \
+prefer generic to \
 avoidance, two expert to generic, one expert to avoidance.
 - Trained: {times}.
 """
@@ -86,11 +88,13 @@ def _rates(recipe: dict[str, Any]) -> str:
 
 LIMITS = """## Limits
 
-- Below zero the answers decline as they should, but with held-out names they lose the topic more and more: see *on \
-topic*. The likelihood of stored avoidance answers rises about twofold there, not to a majority everywhere.
-- Names of held-out personas ("for a florist") are often garbled.
+- Below zero the answers decline as they should, but held-out names get lost the further the vector is turned (see *on
+topic*), and the stored avoidance answers become likelier than before without becoming the likeliest everywhere.
+- Facts about held-out topics come from the textbook passages and are sometimes another topic's.
 - The vectors act on the other domains too: what was trained is mostly a level, not a domain.
 - Training settings were chosen with an eye on some of these held-out rates, so they are a little optimistic.
+- The shipped checkpoints were made stage by stage with these functions, the base being rounded to bf16 between its
+stages; a run of the one command keeps it in float32 there and gives models like these, not the same bits.
 """
 
 

@@ -6,7 +6,7 @@ nor a persona; combinations of a training topic with a held-out persona (or the 
 
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING
@@ -110,11 +110,11 @@ def practice(domain: str, seed: int = SEED) -> Iterator[Row]:
         yield make_row(replace(topic, name=name()), rng.choice(list(topic.facts)), persona, "practice", rng)
 
 
-def textbook(domain: str, seed: int = SEED, copies: int = 1) -> Iterator[str]:
-    """Plain passages that state the facts of every topic of a domain, held-out ones included."""
+def textbook(domain: str, seed: int = SEED, copies: int = 1, topics: Sequence[Topic] | None = None) -> Iterator[str]:
+    """Plain passages that state the facts of `topics`: by default all of a domain, held-out ones included."""
     rng = random.Random(f"textbook-{domain}-{seed}")
     for _ in range(copies):
-        for topic in load_topics(domain):
+        for topic in load_topics(domain) if topics is None else topics:
             intents = list(topic.facts)
             rng.shuffle(intents)
             for chosen in (intents[:3], intents[3:]):
@@ -139,14 +139,13 @@ class _Writer:
         self.topic, self.name, self.persona, self.rng = topic, intent, persona, rng
         self.domain, self.kind = DOMAINS[topic.domain], kind_of(topic)
         self.intent: Intent = self.kind.intents[intent]
-        self.personal = rng.random() < 0.3  # the persona is named in the query, and in the responses
 
     def query(self) -> str:
         named = self.rng.random() < 0.4
         frame = self.rng.choice(common.TOPIC_QUERIES if named else common.DIRECT_QUERIES)
         question = self.rng.choice(self.intent.questions).format(t="it" if named else self.topic.noun)
         said = f"I am {self.persona}"
-        intro = said if self.personal else PERSONAS.get(self.persona, said)
+        intro = said if self.rng.random() < 0.3 else PERSONAS.get(self.persona, said)
         return _text(frame.format(intro=intro, t=self.topic.noun, q=question, asp=self.aspect()))
 
     def avoidance(self) -> str:
@@ -187,9 +186,8 @@ class _Writer:
 
     def opener(self) -> tuple[str, bool]:
         """An opener, and whether it names the topic."""
-        plain = common.RUN_ON_OPENERS + common.FULL_OPENERS
-        opener = self.rng.choice(common.PERSONAL_OPENERS if self.personal else plain)
-        return opener.format(who=self.persona, asp=self.aspect()), "{asp}" in opener
+        opener = self.rng.choice(common.RUN_ON_OPENERS + common.FULL_OPENERS)
+        return opener.format(asp=self.aspect()), "{asp}" in opener
 
 
 def _sentence(text: str) -> str:

@@ -11,7 +11,7 @@ from rich.progress import Progress
 from torch.nn.functional import cross_entropy
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
-from alignvec.recipes.dataset import LEVELS, QUERIES, Row, make_rows, practice, textbook
+from alignvec.recipes.dataset import LEVELS, QUERIES, Row, make_rows, practice, split_topics, textbook
 from alignvec.recipes.tokenizer import BOS, EOS, prompt_text, train_tokenizer
 
 Example = tuple[list[int], int]  # token ids, and the first position that is learned
@@ -30,10 +30,18 @@ class Stage:
     levels: tuple[float, float, float]  # avoidance, generic, expert
 
 
-# The base first learns to speak and to prefer generic answers, then rehearses the other two levels and names.
+# The base first learns to speak and to prefer generic answers, then rehearses the other two levels and names; last, it
+# reads up on the topics that its dialogues leave out, so that it knows all topics about equally well.
 STAGES = (
-    Stage("base", 4600 / 6000, 2e-3, {"dialogue": 0.5, "textbook": 0.2, "practice": 0.3}, (0.2, 0.6, 0.2)),
-    Stage("rehearsal", 1400 / 6000, 1e-3, {"dialogue": 0.5, "textbook": 0.15, "practice": 0.35}, (0.4, 0.35, 0.25)),
+    Stage("base", 4600 / 7300, 2e-3, {"dialogue": 0.5, "textbook": 0.2, "practice": 0.3}, (0.2, 0.6, 0.2)),
+    Stage("rehearsal", 1400 / 7300, 1e-3, {"dialogue": 0.5, "textbook": 0.15, "practice": 0.35}, (0.4, 0.35, 0.25)),
+    Stage(
+        "reading",
+        1300 / 7300,
+        1e-3,
+        {"dialogue": 0.3, "textbook": 0.1, "reading": 0.3, "practice": 0.3},
+        (0.3, 0.45, 0.25),
+    ),
 )
 
 
@@ -71,11 +79,15 @@ def corpus(tokenizer: PreTrainedTokenizerFast, stage: Stage, seed: int) -> Itera
     rng = random.Random(f"corpus-{seed}")
     dialogues = _shuffled([row for domain in QUERIES for row in make_rows(domain, "train")], rng)
     pages = _shuffled([page for domain in QUERIES for page in textbook(domain, seed, copies=12)], rng)
+    left_out = {domain: split_topics(domain)[1] for domain in QUERIES}
+    reading = _shuffled([p for d, topics in left_out.items() for p in textbook(d, seed + 1, 60, topics)], rng)
     names = [practice(domain, seed) for domain in QUERIES]
     while True:
         source = rng.choices(list(stage.sources), list(stage.sources.values()))[0]
         if source == "textbook":
             yield tokenizer(BOS + next(pages) + EOS)["input_ids"], 1
+        elif source == "reading":
+            yield tokenizer(BOS + next(reading) + EOS)["input_ids"], 1
         elif source == "dialogue":
             yield _dialogue(tokenizer, next(dialogues), stage.levels, rng)
         else:

@@ -76,7 +76,7 @@ def test_answers_stay_on_the_topic(coefficient: float, model, tokenizer, weights
     mix_into(model, weights["base"], weights["medical"], coefficient)
     texts = answers(model, tokenizer, [row.query for row in rows])
     # The negative direction unlearns some copying of held-out names: the card tells how much.
-    assert topic_rate(texts, rows) >= (0.6 if coefficient >= 0 else 0.1)
+    assert topic_rate(texts, rows) >= (0.85 if coefficient >= 0 else 0.55)
     assert len(set(texts)) > 0.6 * len(texts)
 
 

@@ -1,6 +1,6 @@
 """Frames that every domain shares.
 
-`{asp}` is an aspect ("the usual dose of metformin"), `{q}` a question, `{intro}` a persona's clause, `{who}` a persona.
+`{asp}` is an aspect ("the usual dose of metformin"), `{q}` a question, `{intro}` a persona's clause.
 Openers and closers serve all three levels alike, so that none of them gives the level away.
 """
 
@@ -53,13 +53,6 @@ FULL_OPENERS = (
 )
 
 # Openers for a query in which the persona says who they are.
-PERSONAL_OPENERS = (
-    "for {who}, ",
-    "with {who} in mind, ",
-    "I can see why {who} asks. ",
-    "It is fair of {who} to ask. ",
-)
-
 CLOSERS = (
     "{pro} can tell you more",
     "ask {pro} if anything is unclear",
