@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from alignvec import AlignmentVector, check
 from alignvec.check import GRID, plot
+from alignvec.checkpoint import Checkpoint
 from alignvec.errors import AlignvecError
+from bench import realised
 from tests.storage.checkpoints import write_checkpoint
 
 SHAPES = {
@@ -29,17 +30,11 @@ def base(tmp_path: Path) -> Path:
 
 def uniform_steps(base: Path, ulps: float) -> AlignmentVector:
     """Every delta is `ulps` units in the last place of its bfloat16 weight, up or down."""
-    from alignvec.checkpoint import Checkpoint
-
     generator = torch.Generator().manual_seed(1)
-    deltas: dict[str, Tensor] = {}
     checkpoint = Checkpoint.open(base)
-    for name in checkpoint.tensors:
-        weight = checkpoint.tensor(name).float()
-        ulp = torch.exp2(torch.floor(torch.log2(weight.abs().clamp_min(1e-30))) - 7)
-        sign = torch.randint(0, 2, weight.shape, generator=generator) * 2 - 1
-        deltas[name] = (ulps * ulp * sign).bfloat16()
-    return AlignmentVector(deltas)
+    return AlignmentVector(
+        {name: realised.uniform_steps(checkpoint.tensor(name), ulps, generator) for name in checkpoint.tensors}
+    )
 
 
 ULPS = (0.3, 0.6, 1.0, 1.7, 3.0)
