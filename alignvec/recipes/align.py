@@ -3,6 +3,7 @@
 import random
 import tempfile
 
+import torch
 from datasets import Dataset
 from rich.progress import Progress
 from transformers import MistralForCausalLM, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
@@ -21,8 +22,10 @@ PREFERENCES = (
     ("expert", "generic"),
 )
 
-# Steps that bring a domain's expert rate to about nine in ten; a longer run only makes the vector longer.
-STEPS = {"medical": 115, "legal": 100, "financial": 100}
+STEPS = 150
+# The run overshoots, all expert by three quarters of the way. Its weights are averaged with the base's (as in WiSE-FT,
+# arXiv 2109.01903), so that the shipped vector is no longer than it need be and its negative direction stays readable.
+KEPT = 0.75
 BATCH_SIZE = 16
 LEARNING_RATE = 1e-4
 BETA = 0.05
@@ -62,10 +65,12 @@ def align(
 ) -> MistralForCausalLM:
     """Train `model` (in place, float32) on the domain's preferences with TRL's DPO.
 
-    All parameters but the embedding, which is the head as well: moving it makes words likelier everywhere, and dialled
-    below zero the vector would lose the words of the topic asked.
+    Its weights end up `KEPT` of the way from the base to where the run ends. All parameters but the embedding, which is
+    the head as well: moving it makes words likelier everywhere, and dialled below zero the vector would lose the words
+    of the topic asked.
     """
     model.get_input_embeddings().weight.requires_grad_(False)
+    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     with tempfile.TemporaryDirectory() as folder:
         config = DPOConfig(
             output_dir=folder,
@@ -96,6 +101,9 @@ def align(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.lerp(start[name].to(parameter), parameter, KEPT))
     return model.eval()
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from alignvec.recipes.align import BATCH_SIZE, BETA, LEARNING_RATE, SFT_WEIGHT
+from alignvec.recipes.align import BATCH_SIZE, BETA, KEPT, LEARNING_RATE, SFT_WEIGHT
 from alignvec.recipes.dataset import LEVELS, QUERIES, split_personas, split_topics
 from alignvec.recipes.pretrain import STAGES
 
@@ -53,7 +53,8 @@ names, which teaches it to repeat the name asked. Its \
 dialogues come from the training split alone. {len(STAGES)} stages: {stages_text}. \
 No held-out query, persona or response is ever trained on.
 - Each descendant: DPO with TRL (beta {BETA}, learning rate {LEARNING_RATE:g}, batches of {BATCH_SIZE} pairs, a \
-supervised term of {SFT_WEIGHT}), all parameters but the embedding, on its domain's training rows. Of six pairs three \
+supervised term of {SFT_WEIGHT}), all parameters but the embedding, on its domain's training rows; \
+its weights are averaged with the base's, {KEPT:.0%} of the way to where the run ended. Of six pairs three \
 prefer generic to \
 avoidance, two expert to generic, one expert to avoidance.
 - Trained: {times}.

@@ -32,7 +32,7 @@ def tiny(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 20,
     base_steps: Annotated[int, typer.Option(help="Steps of the base, 16 sequences each.")] = 7300,
-    align_steps: Annotated[int | None, typer.Option(help="DPO steps of 16 pairs; default: each domain's own.")] = None,
+    align_steps: Annotated[int, typer.Option(help="DPO steps per domain, 16 pairs each.")] = STEPS,
     rows: Annotated[int, typer.Option(help="Held-out rows scored per domain and coefficient.")] = 200,
     quick: Annotated[bool, typer.Option(help="A few steps of everything, to see that it runs.")] = False,
     vectors: Annotated[Path | None, typer.Option(help="Also extract the three vectors into this folder.")] = None,
@@ -63,9 +63,8 @@ def tiny(
                 continue
             start = time.monotonic()
             base = MistralForCausalLM.from_pretrained(output / "base", dtype=torch.float32, device_map=device)
-            steps = STEPS[domain] if align_steps is None else align_steps
-            _save(align(base, tokenizer, domain, steps, seed, device, progress), output / domain)
-            recipe.record(domain, {"steps": steps, "seconds": round(time.monotonic() - start)})
+            _save(align(base, tokenizer, domain, align_steps, seed, device, progress), output / domain)
+            recipe.record(domain, {"steps": align_steps, "seconds": round(time.monotonic() - start)})
         recipe.record("measured", measure(output, device, progress, count=rows, generated=max(1, rows // 3)))
     if vectors is not None:
         from alignvec.extract import extract
