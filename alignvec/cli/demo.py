@@ -46,7 +46,7 @@ def demo(
     rows = {domain: make_rows(domain, "test")[:queries] for domain in DOMAINS}
     console.print(f"attached to a {type(model).__name__} of {model.num_parameters():,} parameters: {alignment}")
 
-    console.rule("level rates on held-out queries")
+    console.rule("the likeliest of three stored answers, on held-out queries")
     rates = _rates(alignment, tokenizer, rows)
     for domain in DOMAINS:
         console.print(_rate_table(domain, rates[domain], len(rows[domain])))
@@ -85,7 +85,7 @@ def _rates(alignment: Any, tokenizer: Any, rows: dict[str, Any]) -> Rates:
 
 
 def _rate_table(domain: str, rates: dict[float, dict[str, float]], queries: int) -> Any:
-    shown = table(f"{domain}: the likeliest of three stored answers, {queries} queries", "coefficient", *LEVEL_COLOURS)
+    shown = table(f"{domain}, {queries} queries", "coefficient", *LEVEL_COLOURS)
     for coefficient, levels in rates.items():
         shown.add_row(f"{coefficient:+.2f}", *(f"{levels[level]:.0%}" for level in LEVEL_COLOURS))
     return shown

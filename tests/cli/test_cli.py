@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from alignvec.cli import main
+from alignvec.recipes import model_path
 from tests.models import tiny
 
 
@@ -121,3 +122,28 @@ def test_bad_input_is_one_line_and_status_2(cli, av: Path, folder: Path, argumen
     assert errors.startswith("alignvec: ")
     assert len(errors.strip().splitlines()) == 1
     assert sorted(p.name for p in folder.iterdir()) == before
+
+
+def test_generate_answers_a_prompt_per_mix(cli, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    base = str(model_path("base"))
+    assert cli("extract", base, str(model_path("legal")), str(tmp_path / "av"))[0] == 0
+    question = "Could you explain the usual remedy for defamation? I am a teacher."
+    status, output, _ = cli(
+        "generate", base, question, "-v", f"legal={tmp_path / 'av'}", "-m", "legal=-1", "-m", "legal=1"
+    )
+    assert status == 0
+    declined, expert = re.search(r"legal=-1 (.*)legal=1 (.*)", output, re.DOTALL).groups()  # type: ignore[union-attr]
+    assert declined.strip() != expert.strip()
+    assert len(declined.split()) > 8
+    assert "damages" in expert
+
+
+def test_the_demo_shows_rates_answers_and_a_mixed_batch(cli, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    status, output, _ = cli("demo", "--queries", "4", "--output", str(tmp_path / "out"))
+    assert status == 0
+    for domain in ("medical", "legal", "financial"):
+        assert f"{domain}, 4 queries" in output
+        assert f"{domain} -1  " in output
+    assert "microseconds" in output
+    assert (tmp_path / "out/level-rates.png").stat().st_size > 10_000
+    assert (tmp_path / "out/level-rates.md").read_text().count("|") > 40
