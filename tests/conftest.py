@@ -3,6 +3,7 @@
 import importlib.util
 import os
 
+import pytest
 import torch
 
 if importlib.util.find_spec("triton") is None:
@@ -14,3 +15,9 @@ if not torch.cuda.is_available():
         from tests import interpreter_bf16
 
         interpreter_bf16.install()
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """A test draws the same numbers alone and in any order."""
+    torch.manual_seed(0)
