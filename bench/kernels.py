@@ -121,6 +121,7 @@ def main(
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "results": results,
     }
+    output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(output.name + ".partial")
     temporary.write_text(json.dumps(record, indent=1) + "\n")
     temporary.replace(output)
