@@ -51,7 +51,7 @@ def extract(
     Raises AlignvecError, leaving nothing behind, when the two do not have the same tensors, shapes and dtypes, when an
     integer tensor differs, when a delta is NaN or infinite, and when nothing differs at all.
     """
-    formats.get(format)
+    formats.require(format)
     left, right = open_source(base), open_source(aligned)
     plan = _plan(left, right, None if dtype is None else parse_dtype(dtype))
     source = {"base": left.label, "aligned": right.label}

@@ -152,10 +152,10 @@ class BaseIdentity:
             raise AlignvecError(f"the base's identity is malformed ({type(error).__name__}: {error})") from None
 
 
-def summary(lines: list[str], limit: int = 4) -> str:
+def summary(lines: list[str], limit: int = 4, separator: str = "; ") -> str:
     """The first few of many lines in one sentence part."""
-    more = f"; and {len(lines) - limit} more" if len(lines) > limit else ""
-    return "; ".join(lines[:limit]) + more
+    more = [f"and {len(lines) - limit} more"] if len(lines) > limit else []
+    return separator.join(lines[:limit] + more)
 
 
 def identifying(config: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from alignvec.errors import AlignvecError
+from alignvec.fingerprint import summary
 from alignvec.vector import AlignmentVector
 
 Delta = Callable[[], Tensor]
@@ -78,7 +79,7 @@ def _read(label: str, name: str, source: AlignmentVector | dict[str, Tensor], pa
 
 
 def _converted(model: nn.Module, label: str, vector: AlignmentVector, missing: list[str]) -> dict[str, Tensor]:
-    listed = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+    listed = summary(missing, separator=", ")
     refusal = AlignvecError(f"vector {label!r} edits tensors that {type(model).__name__} does not have: {listed}")
     if vector.base is None or not hasattr(type(model), "from_pretrained"):
         raise refusal

@@ -51,7 +51,7 @@ class AlignmentVector:
         ``source``: where they came from, kept with them. Raises AlignvecError for an unknown format, an integer tensor,
         NaN or infinity, or a delta whose name or shape the base does not have.
         """
-        formats.get(format)
+        formats.require(format)
         self._deltas = deltas if isinstance(deltas, (Stored, Combination)) else InMemory(deltas)
         self.base, self.format = base, format
         self.options, self.source = dict(options or {}), dict(source or {})

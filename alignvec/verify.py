@@ -8,11 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from alignvec.errors import AlignvecError
-from alignvec.fingerprint import checksum
+from alignvec.fingerprint import checksum, summary
 from alignvec.names import parameter_names, resolve
 from alignvec.vector import AlignmentVector
-
-_LISTED = 5
 
 
 def verify_base(model: nn.Module, vectors: Mapping[str, AlignmentVector]) -> None:
@@ -24,8 +22,11 @@ def verify_base(model: nn.Module, vectors: Mapping[str, AlignmentVector]) -> Non
     names = parameter_names(model)
     parameters = dict(model.named_parameters())
     checksums: dict[str, str] = {}
+    known = {name for vector in vectors.values() if vector.base is not None for name in vector.base.tensors}
+    converted = any(resolve(model, names, name) is None for name in known)
+    stored = _checkpoint_layout(model) if converted else {}
 
-    def differs(name: str, shape: tuple[int, ...], expected: str, stored: Mapping[str, Tensor]) -> bool:
+    def differs(name: str, shape: tuple[int, ...], expected: str) -> bool:
         live = resolve(model, names, name)
         if live is None and name not in stored:
             return True
@@ -41,11 +42,9 @@ def verify_base(model: nn.Module, vectors: Mapping[str, AlignmentVector]) -> Non
         if vector.base is None:
             continue
         tensors = vector.base.tensors
-        unresolved = [name for name in tensors if resolve(model, names, name) is None]
-        stored = _checkpoint_layout(model) if unresolved else {}
-        wrong = [n for n, t in tensors.items() if differs(n, tuple(t.shape), t.checksum, stored)]
+        wrong = [n for n, t in tensors.items() if differs(n, tuple(t.shape), t.checksum)]
         if wrong:
-            listed = ", ".join(wrong[:_LISTED]) + (f" and {len(wrong) - _LISTED} more" if len(wrong) > _LISTED else "")
+            listed = summary(wrong, separator=", ")
             raise AlignvecError(
                 f"vector {label!r} was extracted from another base: {len(wrong)} of {len(tensors)} tensors differ "
                 f"({listed}); load that base, or attach with transfer=True"
