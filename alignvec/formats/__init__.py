@@ -17,15 +17,19 @@ import torch
 from torch import Tensor
 
 from alignvec.errors import AlignvecError
-from alignvec.formats import dense
-from alignvec.formats.spec import Encoded, Option, Spec, matrix
+from alignvec.formats import dense, integer, sign
+from alignvec.formats.spec import Encoded, Option, Spec, blocks, matrix
 
 __all__ = ["FORMATS", "Encoded", "Spec", "check", "decode", "encode", "layout", "parse", "squared_error"]
 
 Layout = dict[str, tuple[torch.dtype | tuple[torch.dtype, ...], tuple[int | None, ...]]]
 
-FORMATS: dict[str, ModuleType] = {"dense": dense}
-BLOCK = 1 << 22  # elements that are worked on at once where intermediates are several times their size
+FORMATS: dict[str, ModuleType] = {
+    "dense": dense,
+    "int8": integer,
+    "int4": integer,
+    "sign": sign,
+}
 
 
 def require(name: str) -> None:
@@ -139,10 +143,9 @@ def check(encoded: Encoded) -> None:
 def squared_error(encoded: Encoded, delta: Tensor, base: Tensor | None = None) -> float:
     """Sum of (decoded - delta)^2, float64, some rows at a time."""
     rows, cols = matrix(encoded.shape)
-    step, total = max(1, BLOCK // max(cols, 1)), 0.0
     delta, base = delta.reshape(rows, cols), None if base is None else base.reshape(rows, cols)
-    for start in range(0, rows, step):
-        part = slice(start, min(start + step, rows))
+    total = 0.0
+    for part in blocks(rows, cols):
         decoded = decode(encoded, None if base is None else base[part], part)
         total += float((decoded.double() - delta[part].double()).square().sum())
     return total

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 
 from torch import Tensor
 
 Option = int | float | str
+BLOCK = 1 << 20  # elements that are worked on at once where intermediates are several times their size
 
 
 @dataclass(frozen=True)
@@ -55,3 +56,9 @@ def span(rows: slice | None, count: int) -> tuple[int, int]:
     """First and last (exclusive) of the matrix rows that `rows` names among `count`."""
     start, stop, _ = (rows or slice(None)).indices(count)
     return start, max(start, stop)
+
+
+def blocks(rows: int, cols: int) -> Iterator[slice]:
+    """Slices of the rows that hold about BLOCK elements each."""
+    step = max(1, BLOCK // max(cols, 1))
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
