@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from alignvec.errors import AlignvecError
-from alignvec.formats import dense, integer, sign
+from alignvec.formats import dense, integer, lossless, low_rank, sign, sparse
 from alignvec.formats.spec import Encoded, Option, Spec, blocks, matrix
 
 __all__ = ["FORMATS", "Encoded", "Spec", "check", "decode", "encode", "layout", "parse", "squared_error"]
@@ -29,6 +29,9 @@ FORMATS: dict[str, ModuleType] = {
     "int8": integer,
     "int4": integer,
     "sign": sign,
+    "lossless": lossless,
+    "low-rank": low_rank,
+    "sparse": sparse,
 }
 
 

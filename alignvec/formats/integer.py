@@ -29,8 +29,7 @@ def validate(spec: Spec) -> None:
 def encode(spec: Spec, delta: Tensor, base: Tensor | None, aligned: Tensor | None, name: str) -> Encoded:
     (rows, cols), shape = matrix(tuple(delta.shape)), tuple(delta.shape)
     parts = {
-        key: torch.empty(size, dtype=dtype, device=delta.device)
-        for key, (dtype, size) in layout(spec, shape).items()
+        key: torch.empty(size, dtype=dtype, device=delta.device) for key, (dtype, size) in layout(spec, shape).items()
     }
     delta = delta.reshape(rows, cols)
     for block in blocks(rows, cols):
@@ -75,7 +74,7 @@ def decode(encoded: Encoded, base: Tensor | None, rows: slice | None) -> Tensor:
 
 def scale_groups(values: Tensor, scales: Tensor, group: int) -> None:
     """Multiply `values` [rows, cols] in place by `scales` [rows, ceil(cols / group)], one a group of columns."""
-    rows, cols = values.shape
+    cols = values.shape[1]
     whole = cols - cols % group
     if whole:
         values[:, :whole].unflatten(1, (-1, group)).mul_(scales[:, : whole // group, None])

@@ -27,8 +27,7 @@ def validate(spec: Spec) -> None:
 def encode(spec: Spec, delta: Tensor, base: Tensor | None, aligned: Tensor | None, name: str) -> Encoded:
     (rows, cols), shape = matrix(tuple(delta.shape)), tuple(delta.shape)
     parts = {
-        key: torch.empty(size, dtype=dtype, device=delta.device)
-        for key, (dtype, size) in layout(spec, shape).items()
+        key: torch.empty(size, dtype=dtype, device=delta.device) for key, (dtype, size) in layout(spec, shape).items()
     }
     delta, group, groups = delta.reshape(rows, cols), int(spec.options["group"]) or cols, parts["scales"].shape[1]
     sizes = torch.full((groups,), group, device=delta.device)

@@ -1,0 +1,58 @@
+"""low-rank: delta = B A with A [rank, cols] and B [rows, rank]. rank * (rows + cols) numbers instead of rows * cols.
+
+`encode` truncates the singular value decomposition, exact for small matrices and for large ones by oversampled
+subspace iteration (Halko et al., arXiv 0909.4061); each factor takes the square root of the singular values.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from alignvec.errors import AlignvecError
+from alignvec.formats.spec import Encoded, Option, Spec, matrix, span
+
+OPTIONS: dict[str, Option] = {"rank": 16, "dtype": "bfloat16"}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+EXACT = 512  # the smaller side up to which a full decomposition costs little
+ITERATIONS = 6
+
+
+def validate(spec: Spec) -> None:
+    if int(spec.options["rank"]) < 1:
+        raise AlignvecError(f"format low-rank: rank={spec.options['rank']} must be at least 1")
+    if spec.options["dtype"] not in DTYPES:
+        raise AlignvecError(f"format low-rank: dtype={spec.options['dtype']} must be bfloat16 or float32")
+
+
+def encode(spec: Spec, delta: Tensor, base: Tensor | None, aligned: Tensor | None, name: str) -> Encoded:
+    (rows, cols), shape = matrix(tuple(delta.shape)), tuple(delta.shape)
+    rank, dtype = min(int(spec.options["rank"]), rows, cols), str(spec.options["dtype"])
+    x = delta.reshape(rows, cols).float()
+    largest = x.abs().amax()
+    x = x / torch.where(largest == 0, 1, largest)
+    wanted = 2 * rank + 16
+    if min(rows, cols) <= max(EXACT, wanted):
+        u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            u, s, v = torch.svd_lowrank(x, q=wanted, niter=ITERATIONS)
+        vh = v.mH
+    root = (s[:rank] * largest).sqrt()
+    parts = {
+        "A": (root[:, None] * vh[:rank]).to(DTYPES[dtype]).contiguous(),
+        "B": (u[:, :rank] * root).to(DTYPES[dtype]).contiguous(),
+    }
+    return Encoded("low-rank", shape, {"rank": rank, "dtype": dtype}, parts)
+
+
+def decode(encoded: Encoded, base: Tensor | None, rows: slice | None) -> Tensor:
+    """B A, float32 [n, cols]."""
+    start, stop = span(rows, matrix(encoded.shape)[0])
+    return encoded.parts["B"][start:stop].float() @ encoded.parts["A"].float()
+
+
+def layout(spec: Spec, shape: tuple[int, ...]) -> dict[str, tuple[torch.dtype, tuple[int, int]]]:
+    (rows, cols), rank, dtype = matrix(shape), int(spec.options["rank"]), DTYPES[str(spec.options["dtype"])]
+    return {"A": (dtype, (rank, cols)), "B": (dtype, (rows, rank))}
