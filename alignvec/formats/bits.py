@@ -12,7 +12,7 @@ def row_bytes(cols: int, width: int) -> int:
 
 
 def pack(fields: Tensor, width: int) -> Tensor:
-    """uint8 [rows, cols], each below 2^width -> uint8 [rows, row_bytes(cols, width)], the last byte filled up with 0."""
+    """uint8 [rows, cols], each below 2^width -> uint8 [rows, row_bytes(cols, width)], filled up with 0 at the end."""
     if width == 8:
         return fields
     rows, cols = fields.shape
