@@ -1,9 +1,13 @@
-"""The operator in plain torch: the truth every other backend is tested against. Slow, simple, unrounded."""
+"""The operators in plain torch: the truth every other backend is tested against. Slow, simple, unrounded."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from alignvec.kernels.operands import Operand, decode
 
 
 def token_coefficients(
@@ -32,7 +36,7 @@ def linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    deltas: Tensor,
+    operands: Sequence[Operand],
     bias_deltas: Tensor | None,
     columns: Tensor,
     table: Tensor,
@@ -43,15 +47,15 @@ def linear(
 ) -> Tensor:
     """`y[m] = x[m] W^T + b + sum_i c[m, i] (x[m] D_i^T + b_i)` in `dtype`.
 
-    x [tokens, in], weight [out, in], bias [out], deltas [k, out, in], bias_deltas [k, out] -> [tokens, out].
+    x [tokens, in], weight [out, in], bias [out], k operands of [out, in], bias_deltas [k, out] -> [tokens, out].
     """
     c = token_coefficients(table, rows, columns, x.shape[0], token_rows).to(dtype)
     x = x.to(dtype)
     y = x @ weight.to(dtype).t()
     if bias is not None:
         y = y + bias.to(dtype)
-    for i, delta in enumerate(deltas):
-        edit = x @ delta.to(dtype).t()
+    for i, operand in enumerate(operands):
+        edit = x @ decode(operand, weight).to(dtype).t()
         if bias_deltas is not None:
             edit = edit + bias_deltas[i].to(dtype)
         y = y + c[:, i, None] * edit
@@ -61,7 +65,7 @@ def linear(
 def embedding(
     ids: Tensor,
     weight: Tensor,
-    deltas: Tensor,
+    operands: Sequence[Operand],
     columns: Tensor,
     table: Tensor,
     rows: Tensor,
@@ -72,14 +76,14 @@ def embedding(
     """`y[t] = E[ids[t]] + sum_i c[t, i] D_i[ids[t]]` in `dtype`: ids [tokens] -> [tokens, dim]."""
     c = token_coefficients(table, rows, columns, ids.shape[0], token_rows).to(dtype)
     y = weight[ids].to(dtype)
-    for i, delta in enumerate(deltas):
-        y = y + c[:, i, None] * delta[ids].to(dtype)
+    for i, operand in enumerate(operands):
+        y = y + c[:, i, None] * decode(operand, weight)[ids].to(dtype)
     return y
 
 
 def mix(
     weight: Tensor,
-    deltas: Tensor,
+    operands: Sequence[Operand],
     columns: Tensor,
     table: Tensor,
     rows: Tensor,
@@ -87,7 +91,10 @@ def mix(
     *,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """`w[b] = w + sum_i c[b, i] d_i` in `dtype`: weight [*shape], deltas [k, *shape] -> [batch, *shape]."""
+    """`w[b] = w + sum_i c[b, i] D_i` in `dtype`: weight [*, in], operands of [prod(*), in] -> [batch, *, in]."""
     c = token_coefficients(table, rows, columns, batch).to(dtype)
-    edit = (c @ deltas.to(dtype).flatten(1)).view(batch, *weight.shape)
-    return weight.to(dtype) + edit
+    matrix = weight.reshape(-1, weight.shape[-1])
+    mixed = matrix.to(dtype).expand(batch, *matrix.shape)
+    for i, operand in enumerate(operands):
+        mixed = mixed + c[:, i, None, None] * decode(operand, matrix).to(dtype)
+    return mixed.reshape(batch, *weight.shape)

@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tests.kernels.operands import BF16, DEVICE, FP16, FP32
+from tests.kernels.cases import BF16, DEVICE, FP16, FP32
 
 
 @triton.jit

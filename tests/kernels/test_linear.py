@@ -7,7 +7,7 @@ import torch
 
 from alignvec.errors import AlignvecError
 from alignvec.kernels import dense, eager, reference
-from tests.kernels.operands import (
+from tests.kernels.cases import (
     BF16,
     DEVICE,
     FP16,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.kernels.operands import BF16, DEVICE, FP16, FP32, implementation
+from tests.kernels.cases import BF16, DEVICE, FP16, FP32, implementation
 
 REQUESTED = (-1.3, -0.6, -0.1, 0.1, 0.4, 0.7, 1.0, 1.3)
 EXACT = ("torch-split", "torch-combine", "triton-split", "triton-combine")

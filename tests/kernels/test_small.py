@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from alignvec.kernels import eager, reference
-from tests.kernels.operands import BF16, DEVICE, FP16, FP32, assert_one_rounding
+from tests.kernels.cases import BF16, DEVICE, FP16, FP32, assert_one_rounding
 
 
 def _table(rows, k):
