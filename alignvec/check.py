@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from alignvec.errors import AlignvecError
 from alignvec.extract import parse_dtype
-from alignvec.merge import require_base
+from alignvec.merge import bind, require_base
 from alignvec.rounding import RealisedCoefficients, mix_
 from alignvec.sources import Source, open_source
 from alignvec.vector import AlignmentVector
@@ -61,6 +61,7 @@ def check(
     for label, given in vectors.items():
         vector = given if isinstance(given, AlignmentVector) else AlignmentVector.load(given)
         require_base(source, label, vector, values=not transfer)
+        vector = bind(source, label, vector, transfer=transfer)
         naive = [RealisedCoefficients(1) for _ in coefficients]
         exact = [RealisedCoefficients(1) for _ in coefficients]
         for name in vector:

@@ -13,20 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alignvec import formats
 from alignvec.checkpoint import TensorInfo
-from alignvec.deltas import require_finite
+from alignvec.computed import Difference
+from alignvec.deltas import dense_header, require_finite
+from alignvec.description import STEM, Error, describe
+from alignvec.encoding import asked_for, encoded_in_memory, write_encoded
 from alignvec.errors import AlignvecError
 from alignvec.fingerprint import BaseIdentity, Checksum, TensorIdentity, dtype_name, identifying, summary
+from alignvec.pairing import Plan, match
 from alignvec.progress import bytes_bar
-from alignvec.sources import SLOTS, LiveSource, Source, StoredSource, in_order, open_source
-from alignvec.vector import STEM, AlignmentVector, write_description
+from alignvec.sources import SLOTS, Source, StoredSource, in_order, open_source
+from alignvec.vector import AlignmentVector
 from alignvec.writer import ShardWriter, output_folder
 
 CHUNK = 1 << 20  # values read at a time from each side
 STEP = 1 << 17  # values subtracted at a time
-EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
-HEADS = ("lm_head.weight", "embed_out.weight")
 
 
 def extract(
@@ -43,30 +44,58 @@ def extract(
     """``aligned - base`` for every floating parameter that differs, with the base's identity.
 
     ``base`` and ``aligned`` are checkpoint folders, .safetensors files, hub ids or live models, in any mixture. The
-    difference is computed in float32 (float64 for float64 weights) and kept in the checkpoints' dtype unless ``dtype``
-    says otherwise; ``vector.source`` says how many values that rounded (``inexact_values``) and the
-    error it made, relative to the vector's norm (``rounding_error``). With ``output`` the vector is
-    written there as it is computed, in bounded memory, and read from there when used; without, it is held in memory.
+    difference is computed in float32 (float64 for float64 weights). With ``output`` the vector is written there as it
+    is computed, in bounded memory, and read from there when used; without, it is held in memory.
+
+    ``format="dense"`` keeps it in the checkpoints' dtype unless ``dtype`` says otherwise; ``vector.source`` says how
+    many values that rounded (``inexact_values``) and the error it made, relative to the vector's norm
+    (``rounding_error``). Other formats (``"int4:group=64"``, see ``alignvec.formats``; ``"auto:0.25"``: the least error
+    in a quarter of the dense bytes) are encoded tensor by tensor, in a few times the memory of the largest;
+    ``vector.errors`` says what each tensor lost. ``"lossless"`` takes 16-bit checkpoints and gives the aligned one back
+    bit for bit.
 
     Raises AlignvecError, leaving nothing behind, when the two do not have the same tensors, shapes and dtypes, when an
     integer tensor differs, when a delta is NaN or infinite, and when nothing differs at all.
     """
-    formats.require(format)
+    format = asked_for(format)
     left, right = open_source(base), open_source(aligned)
-    plan = _plan(left, right, None if dtype is None else parse_dtype(dtype))
-    source = {"base": left.label, "aligned": right.label}
+    plan = match(left, right, None if dtype is None else parse_dtype(dtype))
+    source: dict[str, Any] = {"base": left.label, "aligned": right.label}
+    vector = None if format == "dense" else _survey(left, right, plan, format, source, progress)
     if output is None:
+        if vector is not None:
+            return encoded_in_memory(vector, format, _kept(plan), aligned=right, progress=progress)
         memory = _MemoryWriter()
-        identity, tally = _stream(left, right, plan, memory, progress)
-        return AlignmentVector(memory.tensors, identity, format=format, source=source | tally)
+        identity, tally, errors = _stream(left, right, plan, memory, progress)
+        return AlignmentVector(memory.tensors, identity, format=format, source=source | tally, errors=errors)
     inputs = [side.checkpoint.path for side in (left, right) if isinstance(side, StoredSource)]
     with output_folder(output, overwrite=overwrite, inputs=inputs) as folder:
-        with ShardWriter(folder, STEM, plan.stored, max_shard_size) as writer:
-            identity, tally = _stream(left, right, plan, writer, progress)
-            writer.close()
-        kept = {name: plan.stored[name] for name in writer.written}
-        write_description(folder, kept, identity, format, {}, source | tally)
-    return AlignmentVector.load(output)
+        if vector is not None:
+            write_encoded(folder, vector, format, _kept(plan), max_shard_size, aligned=right, progress=progress)
+        else:
+            with ShardWriter(folder, STEM, plan.stored, max_shard_size) as writer:
+                identity, tally, errors = _stream(left, right, plan, writer, progress)
+                writer.close()
+            headers = {name: dense_header(plan.stored[name].shape) for name in writer.written}
+            describe(folder, headers, identity, format, source | tally, errors)
+    loaded = AlignmentVector.load(output)
+    return loaded.with_base(left, verify=False) if loaded.needs_base else loaded
+
+
+def _kept(plan: Plan) -> dict[str, torch.dtype]:
+    return {name: info.dtype for name, info in plan.stored.items()}
+
+
+def _survey(
+    left: Source, right: Source, plan: Plan, format: str, source: dict[str, Any], progress: bool
+) -> AlignmentVector:
+    """A first pass that checks both sides and finds the tensors that differ; their deltas are computed when read."""
+    exact = Difference(left, right, list(plan.stored))
+    wide = {name: TensorInfo(exact.tensors[name].dtype, info.shape) for name, info in plan.stored.items()}
+    survey = _Survey()
+    identity, _, _ = _stream(left, right, Plan(wide, plan.integers, format.startswith("lossless")), survey, progress)
+    order = [name for name in left.tensors if name in survey.found]
+    return AlignmentVector(Difference(left, right, order), identity, source=source)
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -78,94 +107,16 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return parsed
 
 
-@dataclass(frozen=True)
-class _Plan:
-    stored: dict[str, TensorInfo]  # floating tensors to subtract: the delta's dtype and shape, widest dtype first
-    integers: list[str]  # tensors that have to be equal
-
-
-def _plan(left: Source, right: Source, dtype: torch.dtype | None) -> _Plan:
-    """Match the two sides by name; AlignvecError names what does not match."""
-    ours, theirs = _unshared(left, right)
-    if lines := [f"{name} is missing in {right.label}" for name in ours if name not in theirs] + [
-        f"{name} is missing in {left.label}" for name in theirs if name not in ours
-    ]:
-        raise AlignvecError(f"{left.label} and {right.label} hold different tensors: {summary(lines)}")
-    lines = [
-        f"{name} is {list(info.shape)} in {left.label} and {list(theirs[name].shape)} in {right.label}"
-        for name, info in ours.items()
-        if info.shape != theirs[name].shape
-    ]
-    if lines:
-        advice = ""
-        if any(line.split(" is ")[0].endswith(EMBEDDINGS + HEADS) for line in lines):
-            advice = " (was the vocabulary resized? resize the base's embeddings alike and save it before extracting)"
-        raise AlignvecError(f"shapes differ: {summary(lines)}{advice}")
-    floating = {name: info for name, info in ours.items() if info.dtype.is_floating_point}
-    lines = [
-        f"{name} is {dtype_name(info.dtype)} in {left.label} and {dtype_name(theirs[name].dtype)} in {right.label}"
-        for name, info in ours.items()
-        if info.dtype != theirs[name].dtype
-        and (dtype is None or info.dtype.is_floating_point != theirs[name].dtype.is_floating_point)
-    ]
-    if lines:
-        raise AlignvecError(f"dtypes differ: {summary(lines)}; pass dtype= to say how the vector is to be kept")
-    stored = {name: TensorInfo(dtype or info.dtype, info.shape) for name, info in floating.items()}
-    stored = dict(sorted(stored.items(), key=lambda item: -item[1].dtype.itemsize))
-    return _Plan(stored, [name for name in ours if name not in floating])
-
-
-def _unshared(left: Source, right: Source) -> tuple[dict[str, TensorInfo], dict[str, TensorInfo]]:
-    """Both sides' tensors without what they share with another one: a stored copy of a tied head, a model's buffers."""
-    ours, theirs = dict(left.tensors), dict(right.tensors)
-    for one, other, tensors in ((left, right, theirs), (right, left, ours)):
-        if isinstance(one, LiveSource) and not isinstance(other, LiveSource):
-            for name in one.buffers & tensors.keys():
-                del tensors[name]
-    for head in HEADS:
-        holders = [side for side, tensors in ((left, ours), (right, theirs)) if head in tensors]
-        tied = [side for side in holders if tied_to(side, head) is not None]
-        if len(holders) == 1 and not tied:
-            other = right if holders[0] is left else left
-            raise AlignvecError(
-                f"{head} is stored in {holders[0].label} with values of its own, while {other.label} lacks it (tied to "
-                "its embedding): save both models with the same tie_word_embeddings"
-            )
-        if len(tied) == len(holders) and (len(holders) == 1 or not any(_untied(side.config) for side in holders)):
-            ours.pop(head, None)
-            theirs.pop(head, None)
-    return ours, theirs
-
-
-def tied_to(source: Source, head: str) -> str | None:
-    """The embedding that the tensor ``head`` is an exact copy of, if there is one."""
-    info = source.tensors.get(head)
-    candidates = [
-        name
-        for name, other in source.tensors.items()
-        if info is not None and name.endswith(EMBEDDINGS) and (other.shape, other.dtype) == (info.shape, info.dtype)
-    ]
-    for name in candidates:
-        if all(torch.equal(*pair) for pair in zip(source.chunks(name), source.chunks(head), strict=True)):
-            return name
-    return None
-
-
-def _untied(config: Any) -> bool:
-    value = (
-        config.get("tie_word_embeddings") if isinstance(config, dict) else getattr(config, "tie_word_embeddings", None)
-    )
-    return value is False
-
-
 def _stream(
-    left: Source, right: Source, plan: _Plan, writer: ShardWriter | _MemoryWriter, progress: bool
-) -> tuple[BaseIdentity, dict[str, Any]]:
-    """One pass over both sides: write the deltas that are not zero; return the base's identity and the tally."""
+    left: Source, right: Source, plan: Plan, writer: ShardWriter | _MemoryWriter | _Survey, progress: bool
+) -> tuple[BaseIdentity, dict[str, Any], dict[str, Error]]:
+    """One pass over both sides: write the deltas that are not zero; return the base's identity, what the rounding of
+    the whole lost, and of each tensor."""
     names = [*plan.stored, *plan.integers]
     total = sum(left.tensors[name].nbytes for name in names)
     tally, differing, kept = Tally(), [], 0
     identities: dict[str, TensorIdentity] = {}
+    errors: dict[str, Error] = {}
     with (
         bytes_bar("extracting", total, shown=progress) as advance,
         contextlib.closing(in_order(_jobs(left, right, plan))) as results,
@@ -177,7 +128,7 @@ def _stream(
                 if sum(1 for base, delta in _shown(pieces, advance) if delta is not None):
                     differing.append(name)
                 continue
-            checksum = Checksum()
+            checksum, own = Checksum(), Tally()
             writer.begin(name, plan.stored[name].dtype, info.shape)
             zeros, found = 0, False  # zeros that come before the first change are not written until there is one
             for base, result in _shown(pieces, advance):
@@ -190,10 +141,12 @@ def _stream(
                 for start in range(0, zeros, CHUNK):
                     writer.write(torch.zeros(min(CHUNK, zeros - start), dtype=delta.dtype))
                 writer.write(delta)
-                tally.add(part)
+                own.add(part)
                 zeros, found = 0, True
+            tally.add(own)
             if found:
                 writer.end()
+                errors[name] = Error.of(own.error, own.square) if own.square else Error(0.0)
             else:
                 writer.roll_back()
             kept += found
@@ -205,7 +158,7 @@ def _stream(
     order = [name for name in left.tensors if name in identities]
     identity = BaseIdentity(identifying(left.config), {name: identities[name] for name in order})
     relative = math.sqrt(tally.error / tally.square) if tally.square else 0.0
-    return identity, {"inexact_values": tally.inexact, "rounding_error": relative}
+    return identity, {"inexact_values": tally.inexact, "rounding_error": relative}, errors
 
 
 Result = tuple[Tensor, "tuple[Tensor, Tally] | None"]
@@ -217,7 +170,7 @@ def _shown(pieces: Iterator[Result], advance: Callable[[int], None]) -> Iterator
         advance(piece[0].nbytes)
 
 
-def _jobs(left: Source, right: Source, plan: _Plan) -> Iterator[Callable[[int], Result]]:
+def _jobs(left: Source, right: Source, plan: Plan) -> Iterator[Callable[[int], Result]]:
     """Jobs that read a piece of both sides into the slot's buffers and subtract."""
     names = [*plan.stored, *plan.integers]
     kinds = [side[name].dtype for side in (left.tensors, right.tensors, plan.stored) for name in names if name in side]
@@ -229,7 +182,10 @@ def _jobs(left: Source, right: Source, plan: _Plan) -> Iterator[Callable[[int], 
         mine = left.read(name, start, stop, buffers[slot][0])
         theirs = right.read(name, start, stop, buffers[slot][1])
         if name in plan.stored:
-            return mine, difference(mine, theirs, plan.stored[name].dtype, buffers[slot][2])
+            result = difference(mine, theirs, plan.stored[name].dtype, buffers[slot][2])
+            if result is None and plan.bits and not (mine.dtype == theirs.dtype and _same_bytes(mine, theirs)):
+                result = torch.zeros(mine.numel(), dtype=plan.stored[name].dtype), Tally()
+            return mine, result
         return mine, None if torch.equal(mine, theirs) else (theirs, Tally())
 
     for name in names:
@@ -301,6 +257,25 @@ class _MemoryWriter:
 
     def end(self) -> None:
         self.tensors[self._name] = self._flat.view(self._shape)
+
+    def roll_back(self) -> None:
+        pass
+
+
+class _Survey:
+    """Takes what a ShardWriter takes and remembers which tensors came."""
+
+    def __init__(self) -> None:
+        self.found: set[str] = set()
+
+    def begin(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        self._name = name
+
+    def write(self, values: Tensor) -> None:
+        pass
+
+    def end(self) -> None:
+        self.found.add(self._name)
 
     def roll_back(self) -> None:
         pass

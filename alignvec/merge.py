@@ -17,9 +17,11 @@ from torch import Tensor
 
 from alignvec.checkpoint import TensorInfo, read_json
 from alignvec.deltas import require_finite
+from alignvec.encoding import restored
 from alignvec.errors import AlignvecError
-from alignvec.extract import CHUNK, HEADS, parse_dtype, tied_to
+from alignvec.extract import CHUNK, parse_dtype
 from alignvec.fingerprint import BaseIdentity, Checksum, TensorIdentity, dtype_name, identifying, summary
+from alignvec.pairing import HEADS, tied_to
 from alignvec.progress import bytes_bar
 from alignvec.rounding import ROUNDINGS, RealisedCoefficients, mix_
 from alignvec.sources import Source, StoredSource, in_order, local_path, open_source
@@ -65,7 +67,9 @@ def merge(
     Sums are float32 (float64 for float64 weights) and rounded once to the base's dtype, or to ``dtype``: ``"nearest"``
     or ``"stochastic"`` (16-bit dtypes; unbiased, so that the realised coefficients are right; ``seed`` fixes it).
     The base's shards are kept unless ``max_shard_size`` is given; config, tokenizer and other small files are copied.
-    ``transfer=True`` allows a base with other values (another fine-tuning stage of the same architecture).
+    ``transfer=True`` allows a base with other values (another fine-tuning stage of the same architecture); a lossless
+    vector then needs its own base bound (``vector.with_base``).
+    A lossless vector alone at coefficient exactly 1 gives the aligned checkpoint, bit for bit.
 
     Raises AlignvecError, leaving nothing behind, for vectors of another base, unknown or missing coefficients, ones
     that are not finite, a result that overflows, and an output that exists.
@@ -78,9 +82,10 @@ def merge(
     source = open_source(local_path(base))
     assert isinstance(source, StoredSource)
     requested = {name: float(coefficients[name]) for name in opened}
-    plan = _Plan(source, opened, target)
     for label, vector in opened.items():
         require_base(source, label, vector, values=False)
+        opened[label] = bind(source, label, vector, transfer=transfer)
+    plan = _Plan(source, opened, target)
     folder = source.checkpoint.path
     with output_folder(output, overwrite=overwrite, inputs=[folder]) as partial_output:
         with ShardWriter(partial_output, "model", plan.stored, max_shard_size) as writer:
@@ -140,6 +145,18 @@ def require_base(source: Source, label: str, vector: AlignmentVector, *, values:
         )
 
 
+def bind(source: Source, label: str, vector: AlignmentVector, *, transfer: bool) -> AlignmentVector:
+    """The vector, readable: where it needs its base, which the caller has yet to compare, ``source`` is that."""
+    if not vector.needs_base:
+        return vector
+    if transfer:
+        raise AlignvecError(
+            f"vector {label!r} is lossless: steps from the values of its own base, not of {source.label}; "
+            "give it with its base, vector.with_base(base), or convert it to another format"
+        )
+    return vector.with_base(source, verify=False)
+
+
 def _knows(vector: AlignmentVector, name: str) -> bool:
     return name in vector or (vector.base is not None and name in vector.base.tensors)
 
@@ -174,6 +191,10 @@ class _Run:
         self.checked = [] if transfer else [label for label, vector in plan.vectors.items() if vector.base is not None]
         self.realised = RealisedCoefficients(len(coefficients))
         self.changed = 0
+        used = [number for number, coefficient in enumerate(coefficients) if coefficient]
+        vectors = list(plan.vectors.values())
+        alone = len(used) == 1 and coefficients[used[0]] == 1 and not transfer
+        self.exact = used[0] if alone and vectors[used[0]].format.startswith("lossless") else None
 
     def stream(self, writer: ShardWriter, *, keep_shards: bool, progress: bool) -> None:
         stored, source = self.plan.stored, self.plan.source
@@ -223,6 +244,10 @@ class _Run:
         dtype = self.plan.stored[name].dtype
         if not base.is_floating_point() or (not used and dtype == base.dtype):
             out = base
+        elif self.exact is not None and dtype == base.dtype:
+            vector, known = found[self.exact]
+            exact = vector.aligned(known, start, stop)
+            out = restored(base, used[self.exact]) if exact is None else exact.to(dtype)
         else:
             generator = _generator(self.seed, number)
             coefficients = [self.coefficients[number] for number in used]

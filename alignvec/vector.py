@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from importlib import metadata
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from alignvec import formats
-from alignvec.checkpoint import Checkpoint, TensorInfo, read_json
-from alignvec.deltas import STEP, Combination, InMemory, Stored
+from alignvec.checkpoint import Checkpoint, TensorInfo
+from alignvec.computed import Combination, Deltas, Difference
+from alignvec.deltas import STEP, BaseValues, InMemory, Stored, key
+from alignvec.description import STEM, Error, describe, known_format, read_description, title
 from alignvec.errors import AlignvecError
-from alignvec.fingerprint import BaseIdentity, summary
-from alignvec.writer import ShardWriter, output_folder, write_json
+from alignvec.fingerprint import BaseIdentity, checksum, summary
+from alignvec.formats import Encoded, Spec
+from alignvec.sources import LiveSource, Source, StoredSource, open_source
+from alignvec.writer import ShardWriter, output_folder
 
 if TYPE_CHECKING:
     from alignvec.statistics import LayerStatistics
-
-STEM = "alignment_vector"  # alignment_vector.safetensors (or its shards and index) and alignment_vector.json
-SCHEMA = 1
 
 
 class AlignmentVector:
@@ -32,29 +31,38 @@ class AlignmentVector:
     A vector that was loaded reads a delta from disk each time it is asked for; a sum, difference or multiple is
     computed then, too, so that no operation holds more than the deltas in use.
 
-    A vector stores each delta in one dtype. Negation, and a factor of exactly 1 or -1, keep it, being exact; any other
-    sum or multiple is float32 (float64 where a float64 delta takes part), since the result of a 16-bit sum is mostly no
+    A delta is dense or encoded in a format (`alignvec.formats`); reading decodes it, to float32. Lossless deltas are
+    steps from the base's values: they are read through ``with_base``, and stored, copied and attached without.
+
+    A dense delta has the dtype that it is stored in. A factor of exactly 1 keeps the vector as it is, encodings
+    included; -1 keeps dense deltas' dtype, being exact; any other sum or multiple, and -1 times an encoded delta, is a
+    dense float32 vector (float64 where a float64 delta takes part), since the result of a 16-bit sum is mostly no
     16-bit number.
     """
 
     def __init__(
         self,
-        deltas: Mapping[str, Tensor] | Stored | Combination,
+        deltas: Mapping[str, Tensor | Encoded] | Deltas,
         base: BaseIdentity | None = None,
         *,
-        format: str = "dense",
-        options: Mapping[str, Any] | None = None,
+        format: str | None = None,
         source: Mapping[str, Any] | None = None,
+        errors: Mapping[str, Error] | None = None,
     ) -> None:
-        """``deltas``: name to floating tensor, not copied. ``base``: which model they belong to, if known.
+        """``deltas``: name to floating tensor, or to what a format made of it; not copied. ``base``: which model they
+        belong to, if known. ``format``: what the vector was asked to be stored as (``"int4"``, ``"auto:0.25"``);
+        default: what its tensors have. ``source``: where they came from, kept with them. ``errors``: what encoding
+        them lost, by name.
 
-        ``source``: where they came from, kept with them. Raises AlignvecError for an unknown format, an integer tensor,
-        NaN or infinity, or a delta whose name or shape the base does not have.
+        Raises AlignvecError for an unknown format, an integer tensor, damaged parts, NaN or infinity, or a delta whose
+        name or shape the base does not have.
         """
-        formats.require(format)
-        self._deltas = deltas if isinstance(deltas, (Stored, Combination)) else InMemory(deltas)
-        self.base, self.format = base, format
-        self.options, self.source = dict(options or {}), dict(source or {})
+        if format is not None:
+            known_format(format)
+        self._deltas = deltas if isinstance(deltas, (InMemory, Stored, Combination, Difference)) else InMemory(deltas)
+        self.base = base
+        self.format = title(self._deltas.headers.values()) if format is None else format
+        self.source, self.errors = dict(source or {}), dict(errors or {})
         if base is not None:
             for name, info in self._deltas.tensors.items():
                 if name not in base.tensors:
@@ -66,7 +74,7 @@ class AlignmentVector:
 
     @property
     def tensors(self) -> dict[str, TensorInfo]:
-        """Shape and dtype by name, without reading a value."""
+        """Shape and dtype (of the decoded delta) by name, without reading a value."""
         return dict(self._deltas.tensors)
 
     @property
@@ -76,7 +84,58 @@ class AlignmentVector:
     @property
     def nbytes(self) -> int:
         """Bytes that the deltas take as they are stored."""
-        return sum(info.nbytes for info in self._deltas.tensors.values())
+        return sum(self.stored_bytes(name) for name in self)
+
+    def stored_bytes(self, name: str) -> int:
+        """Bytes that one delta takes as it is stored."""
+        self._require(name)
+        return sum(info.nbytes for info in self._deltas.layout(name).values())
+
+    def format_of(self, name: str) -> Spec:
+        """The format, with its options, that a delta is stored in."""
+        self._require(name)
+        return self._deltas.headers[name].spec
+
+    def encoded(self, name: str) -> Encoded:
+        """A delta as it is stored, all of its parts read and checked."""
+        self._require(name)
+        return self._deltas.encoded(name)
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether there are lossless deltas and no base is bound that they could be read with."""
+        return bool(_unbound(self._deltas))
+
+    @property
+    def base_values(self) -> BaseValues | None:
+        """The base that was bound, where one was."""
+        return _bound(self._deltas)
+
+    def with_base(self, base: str | Path | nn.Module | Source, *, verify: bool = True) -> AlignmentVector:
+        """The same vector, its lossless deltas read as steps from the values of ``base``: a checkpoint or a live model.
+
+        ``verify`` compares the tensors in question with the base's checksums that the vector carries. Raises
+        AlignvecError for a base without those tensors, or with other values.
+        """
+        source = base if isinstance(base, (StoredSource, LiveSource)) else open_source(base)  # type: ignore[arg-type]
+        names = _live_names(base, self.names) if isinstance(base, nn.Module) else None
+        values = BaseValues(source, names)
+        for name in [name for name, header in self._deltas.headers.items() if header.name == "lossless"]:
+            info, shape = values.info(name), self._deltas.tensors[name].shape
+            if info is None or info.shape != shape:
+                there = "no such tensor" if info is None else f"shape {list(info.shape)}"
+                raise AlignvecError(
+                    f"lossless delta {name} is {list(shape)}, {source.label} has {there}: give its base"
+                )
+            identity = None if self.base is None else self.base.tensors[name]
+            if verify and identity and checksum(values.read(name, 0, info.numel)) != identity.checksum:
+                raise AlignvecError(
+                    f"{source.label} is not the base that the vector was extracted from ({name}: other values), "
+                    "so its lossless deltas cannot be read with it: give their own base"
+                )
+        return AlignmentVector(
+            self._deltas.with_base(values), self.base, format=self.format, source=self.source, errors=self.errors
+        )
 
     def __len__(self) -> int:
         return len(self._deltas.tensors)
@@ -90,8 +149,8 @@ class AlignmentVector:
     def __getitem__(self, name: str) -> Tensor:
         """The dense delta, in the parameter's shape. Do not write to it."""
         self._require(name)
-        if isinstance(self._deltas, InMemory):
-            return self._deltas.values[name]
+        if isinstance(self._deltas, InMemory) and name in self._deltas.dense:
+            return self._deltas.dense[name]
         return self.read(name).view(self._deltas.tensors[name].shape)
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
@@ -102,6 +161,12 @@ class AlignmentVector:
         """Values ``start`` to ``stop`` of the flattened delta, on the CPU; NaN or infinity is an AlignvecError."""
         self._require(name)
         return self._deltas.read(name, start, self._deltas.tensors[name].numel if stop is None else stop)
+
+    def aligned(self, name: str, start: int, stop: int) -> Tensor | None:
+        """Values of the aligned tensor as a lossless delta tells them, bit for bit; None for other formats."""
+        if self.format_of(name).name != "lossless" or not isinstance(self._deltas, (InMemory, Stored)):
+            return None
+        return self._deltas.aligned(name, start, stop)
 
     def chunks(self, name: str) -> Iterator[Tensor]:
         """The flattened delta in pieces."""
@@ -120,6 +185,8 @@ class AlignmentVector:
             return NotImplemented
         if not math.isfinite(factor):
             raise AlignvecError(f"an alignment vector cannot be multiplied by {factor}: the factor must be finite")
+        if factor == 1:
+            return self
         return AlignmentVector(Combination([(float(factor), self._deltas)]), self.base)
 
     __rmul__ = __mul__
@@ -165,18 +232,24 @@ class AlignmentVector:
 
         Raises AlignvecError when ``path`` holds something (``overwrite`` replaces a vector or checkpoint).
         """
-        tensors = dict(sorted(self._deltas.tensors.items(), key=lambda item: -item[1].dtype.itemsize))
+        headers = self._deltas.headers
+        parts = [(name, part, info) for name in self for part, info in self._deltas.layout(name).items()]
+        parts.sort(key=lambda entry: -entry[2].dtype.itemsize)
+        expected = {key(name, part): info for name, part, info in parts}
         with (
             output_folder(path, overwrite=overwrite) as folder,
-            ShardWriter(folder, STEM, tensors, max_shard_size) as w,
+            ShardWriter(folder, STEM, expected, max_shard_size) as w,
         ):
-            for name, info in tensors.items():
-                w.begin(name, info.dtype, info.shape)
-                for piece in self.chunks(name):
-                    w.write(piece)
+            for name, part, info in parts:
+                w.begin(key(name, part), info.dtype, info.shape)
+                if headers[name].name == "dense":
+                    for piece in self.chunks(name):
+                        w.write(piece)
+                else:
+                    w.write(self.encoded(name).parts[part].cpu())
                 w.end()
             w.close()
-            write_description(folder, tensors, self.base, self.format, self.options, self.source)
+            describe(folder, headers, self.base, self.format, self.source, self.errors)
 
     @classmethod
     def load(cls, path: str | Path) -> AlignmentVector:
@@ -188,24 +261,16 @@ class AlignmentVector:
         file = folder / f"{STEM}.json"
         if not file.is_file():
             raise AlignvecError(f"{folder} is no alignment vector: it holds no {file.name}")
-        checkpoint, data = Checkpoint.open(folder, stem=STEM), read_json(file)
-        if data.get("schema") != SCHEMA:
-            raise AlignvecError(
-                f"{file} has schema {data.get('schema')!r}, this version reads {SCHEMA}: update alignvec"
-            )
-        shapes = {name: list(info.shape) for name, info in checkpoint.tensors.items()}
-        for key, kind in (("format", str), ("options", dict), ("source", dict), ("tensors", dict)):
-            if not isinstance(data.get(key), kind):
-                raise AlignvecError(f"{file}: {key!r} is missing or malformed")
-        for name in sorted(shapes.keys() | data["tensors"].keys()):
-            if data["tensors"].get(name) != shapes.get(name):
-                raise AlignvecError(
-                    f"{file} gives {name} the shape {data['tensors'].get(name)}, the safetensors files "
-                    f"{shapes.get(name)}: the vector is incomplete or corrupted"
-                )
+        checkpoint, description = Checkpoint.open(folder, stem=STEM), read_description(file)
         try:
-            base = None if data.get("base") is None else BaseIdentity.from_json(data["base"])
-            return cls(Stored(checkpoint), base, format=data["format"], options=data["options"], source=data["source"])
+            deltas = Stored(checkpoint, description.headers)
+            return cls(
+                deltas,
+                description.base,
+                format=description.format,
+                source=description.source,
+                errors=description.errors,
+            )
         except AlignvecError as error:
             raise AlignvecError(f"{file}: {error}") from None
 
@@ -230,29 +295,25 @@ class AlignmentVector:
         return AlignmentVector(Combination([(1.0, self._deltas), (factor, other._deltas)]), base)
 
 
-def write_description(
-    folder: Path,
-    tensors: Mapping[str, TensorInfo],
-    base: BaseIdentity | None,
-    format: str,
-    options: Mapping[str, Any],
-    source: Mapping[str, Any],
-) -> None:
-    """``alignment_vector.json``: what the safetensors files beside it mean."""
-    try:
-        version = metadata.version("alignvec")
-    except metadata.PackageNotFoundError:
-        version = "unknown"
-    data = {
-        "schema": SCHEMA,
-        "alignvec": version,
-        "format": format,
-        "options": dict(options),
-        "source": dict(source),
-        "tensors": {name: list(info.shape) for name, info in tensors.items()},
-        "base": None if base is None else base.to_json(),
-    }
-    write_json(folder / f"{STEM}.json", data)
+def _unbound(deltas: Deltas) -> list[str]:
+    """The lossless deltas that no base is bound to."""
+    if isinstance(deltas, Combination):
+        return [name for _, term in deltas.terms for name in _unbound(term)]
+    return [name for name, header in deltas.headers.items() if header.name == "lossless" and deltas.base is None]
+
+
+def _bound(deltas: Deltas) -> BaseValues | None:
+    if isinstance(deltas, Combination):
+        return next((found for _, term in deltas.terms if (found := _bound(term)) is not None), None)
+    return deltas.base
+
+
+def _live_names(model: nn.Module, names: tuple[str, ...]) -> dict[str, str]:
+    """The vector's names to the live model's."""
+    from alignvec.names import parameter_names, resolve
+
+    live = parameter_names(model)
+    return {name: found for name in names if (found := resolve(model, live, name)) is not None}
 
 
 def load(path: str | Path) -> AlignmentVector:

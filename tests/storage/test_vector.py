@@ -216,7 +216,7 @@ BROKEN = {
     "holds neither": lambda f: (f / "alignment_vector.safetensors").unlink(),
     "is truncated": lambda f: (f / "alignment_vector.safetensors").write_bytes(b"123"),
     "cannot be read as JSON": lambda f: (f / "alignment_vector.json").write_text("{"),
-    "schema 2": edit(lambda d: d.update(schema=2)),
+    "schema 3": edit(lambda d: d.update(schema=3)),
     "'format' is missing": edit(lambda d: d.pop("format")),
     "format 'zip' is not known": edit(lambda d: d.update(format="zip")),
     "gives ghost the shape [2]": edit(lambda d: d["tensors"].update(ghost=[2])),

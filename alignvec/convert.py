@@ -1,0 +1,68 @@
+"""A vector from one format into another, streamed; PEFT's adapters are formats like any other here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from alignvec.encoding import asked_for, write_encoded
+from alignvec.errors import AlignvecError
+from alignvec.extract import parse_dtype
+from alignvec.vector import AlignmentVector
+from alignvec.writer import output_folder
+
+ADAPTER = "adapter_config.json"
+
+
+def convert(
+    vector: AlignmentVector | str | Path,
+    output: str | Path,
+    format: str | None = None,
+    *,
+    base: str | Path | nn.Module | None = None,
+    dtype: str | torch.dtype | None = None,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+    progress: bool = False,
+) -> AlignmentVector | None:
+    """Write a vector, or a PEFT adapter's folder, in another format; gives the vector written, None for an adapter.
+
+    ``format``: as in ``extract``, or ``"peft"``, an adapter that PEFT loads (of low-rank deltas); default: as it is.
+    Tensors that have the format already are copied, others are decoded and encoded, one in memory at a time.
+    ``base``: the base's values, which lossless is read and written with. ``dtype``: of values stored as they are (dense
+    and sparse deltas, norms and biases); default: that of the delta as it is read.
+
+    ``errors`` of the result are relative to the vector given. A vector made lossless from 16-bit norms or biases keeps
+    those; ``extract`` from the two checkpoints is what makes it exact. Raises AlignvecError, leaving nothing behind.
+    """
+    given = _open(vector, base)
+    if format == "peft":
+        from alignvec.peft import to_peft
+
+        to_peft(given, output, overwrite=overwrite)
+        return None
+    format = None if format is None else asked_for(format)
+    if base is not None:
+        given = given.with_base(base)
+    elif given.needs_base and not (format or "lossless").startswith("lossless"):
+        raise AlignvecError("the vector is lossless, steps from its base's values: give the base to convert it")
+    chosen = None if dtype is None else parse_dtype(dtype)
+    kept = {name: chosen or info.dtype for name, info in given.tensors.items()}
+    inputs = [Path(vector)] if isinstance(vector, (str, Path)) else []
+    with output_folder(output, overwrite=overwrite, inputs=inputs) as folder:
+        write_encoded(folder, given, format, kept, max_shard_size, progress=progress)
+    converted = AlignmentVector.load(output)
+    bound = given.base_values
+    return converted.with_base(bound.source, verify=False) if converted.needs_base and bound else converted
+
+
+def _open(vector: AlignmentVector | str | Path, base: str | Path | nn.Module | None) -> AlignmentVector:
+    if isinstance(vector, AlignmentVector):
+        return vector
+    if (Path(vector) / ADAPTER).is_file():
+        from alignvec.peft import from_peft
+
+        return from_peft(vector, base)
+    return AlignmentVector.load(vector)
