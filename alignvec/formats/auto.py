@@ -13,7 +13,18 @@ from alignvec import formats
 from alignvec.errors import AlignvecError
 from alignvec.formats.spec import Spec
 
-CANDIDATES = ("sign", "sign:group=128", "int4", "int4:group=32", "int8", "lossless", "dense")
+# Cheapest first, as a rule. Low ranks pay where alignment changed few directions, and below one bit a weight.
+CANDIDATES = (
+    "low-rank:rank=4",
+    "low-rank:rank=16",
+    "sign",
+    "sign:group=128",
+    "int4",
+    "int4:group=32",
+    "int8",
+    "lossless",
+    "dense",
+)
 
 Choice = tuple[Spec, int, float]  # a format, the bytes it takes, and the squared error it makes
 

@@ -1,0 +1,96 @@
+"""auto: formats for tensors within a budget of bytes."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+import torch
+
+from alignvec import formats
+from alignvec.errors import AlignvecError
+from alignvec.formats import Spec, auto
+
+
+def random_choices(tensors: int, seed: int) -> dict[str, list[auto.Choice]]:
+    draw = random.Random(seed)
+    return {
+        f"t{i}": [(Spec(f"f{j}"), draw.randint(1, 30), draw.random() * 100) for j in range(4)] for i in range(tensors)
+    }
+
+
+def totals(choices: dict[str, list[auto.Choice]], taken: dict[str, Spec]) -> tuple[int, float]:
+    picked = [next(choice for choice in choices[name] if choice[0] == spec) for name, spec in taken.items()]
+    return sum(choice[1] for choice in picked), sum(choice[2] for choice in picked)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_budget_is_kept_and_more_bytes_never_hurt(seed: int) -> None:
+    choices = random_choices(5, seed)
+    least = sum(min(choice[1] for choice in each) for each in choices.values())
+    last = float("inf")
+    for budget in range(least, 160):
+        spent, error = totals(choices, auto.choose(choices, budget))
+        assert spent <= budget
+        last = min(last, error)
+    assert last == pytest.approx(sum(min(choice[2] for choice in each) for each in choices.values()))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_where_a_step_ends_no_other_choice_of_the_same_bytes_is_better(seed: int) -> None:
+    choices = random_choices(4, seed)
+    for budget in range(20, 120, 7):
+        try:
+            spent, error = totals(choices, auto.choose(choices, budget))
+        except AlignvecError:
+            continue
+        every = [(sum(c[1] for c in cs), sum(c[2] for c in cs)) for cs in itertools.product(*choices.values())]
+        # The hull bounds what any choice can do: never below the line between two neighbouring greedy results.
+        reached = {totals(choices, auto.choose(choices, b)) for b in range(spent, 121)} | {(spent, error)}
+        best = min(e for b, e in every if b <= spent)
+        gaps = [e for _, e in reached]
+        assert min(gaps) <= best <= error + 1e-9
+
+
+def test_the_steepest_drop_comes_first() -> None:
+    small, large = Spec("small"), Spec("large")
+    choices = {"a": [(small, 10, 5.0), (large, 20, 0.0)], "b": [(small, 10, 50.0), (large, 20, 0.0)]}
+    assert auto.choose(choices, 30) == {"a": small, "b": large}
+    assert auto.choose(choices, 40) == {"a": large, "b": large}
+    assert auto.choose(choices, 29) == {"a": small, "b": small}
+
+
+def test_what_is_dearer_and_no_better_is_never_taken() -> None:
+    good, dear, even = Spec("good"), Spec("dear"), Spec("even")
+    assert auto.choose({"a": [(dear, 20, 3.0), (good, 10, 2.0), (even, 10, 2.0)]}, 100) == {"a": good}
+
+
+def test_a_budget_below_the_smallest_says_what_the_least_is() -> None:
+    with pytest.raises(AlignvecError, match="9 bytes are too few: the smallest formats of these tensors take 10"):
+        auto.choose({"a": [(Spec("x"), 4, 1.0)], "b": [(Spec("x"), 6, 1.0), (Spec("y"), 7, 0.0)]}, 9)
+
+
+def test_measured_choices_are_what_encoding_gives() -> None:
+    base = torch.randn(64, 256).bfloat16()
+    aligned = (base.float() + torch.randn(64, 256) * 0.01).bfloat16()
+    delta = aligned.float() - base.float()
+    choices = auto.measure(delta, base, "w")
+    assert [str(formats.parse(text)) for text in auto.CANDIDATES] == [str(spec) for spec, _, _ in choices]
+    for spec, nbytes, error in choices:
+        encoded = formats.encode(spec, delta, base, "w")
+        assert encoded.nbytes == nbytes
+        assert error == pytest.approx(formats.squared_error(encoded, delta, base))
+    assert "lossless" not in {spec.name for spec, _, _ in auto.measure(delta * 0.3, base, "w")}
+    assert "lossless" not in {spec.name for spec, _, _ in auto.measure(delta)}
+    assert auto.measure(torch.randn(8)) == [(formats.parse("dense"), 32, 0.0)]
+    with pytest.raises(AlignvecError, match="NaN"):
+        auto.measure(torch.full((2, 3), torch.nan))
+
+
+def test_the_share_is_parsed() -> None:
+    assert auto.fraction("auto:0.25") == 0.25
+    assert auto.fraction("int4") is None
+    for text in ("auto", "auto:", "auto:0", "auto:1.5", "auto:-1", "auto:nan", "auto:x"):
+        with pytest.raises(AlignvecError, match="share of the dense bytes"):
+            auto.fraction(text)
