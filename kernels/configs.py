@@ -17,6 +17,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from alignvec import errors
 from alignvec.errors import AlignvecError
 
 ROW = 1 << 30  # operands.ROW: a group as long as any row
@@ -97,7 +98,10 @@ class Table:
     path: Path | None = None
 
     def serves(self, device_name: str) -> bool:
-        return any(part in device_name for part in self.matches)
+        """Slices of a GPU (MIG) carry its name but not its figures."""
+        return device_name in self.matches or any(
+            part in device_name and "MIG" not in device_name for part in self.matches
+        )
 
 
 def bucket(tokens: int) -> int:
@@ -193,9 +197,8 @@ def table(device_name: str) -> Table | None:
 @functools.cache
 def packaged() -> tuple[Table, ...]:
     """The tables that come with alignvec."""
-    import alignvec
-
-    return tuple(read(path) for path in sorted((Path(alignvec.__file__).parent / "tuned").glob("*.json")))
+    folder = Path(errors.__file__).parent / "tuned"
+    return tuple(read(path) for path in sorted(folder.glob("*.json")))
 
 
 def forget() -> None:
@@ -250,14 +253,15 @@ def _entry(what: str, value: Any) -> Entry:
         if value[name] not in allowed:
             raise ValueError(f"{what} has {name} {value[name]!r:.40}, not one of {', '.join(allowed)}")
     vectors = _text(f"{what} vectors", value["vectors"])
-    numbers = {n: _whole(f"{what} {n}", value[n], 1 << 40) for n in ("out_features", "in_features", "vector_bytes")}
+    sizes = ("out_features", "in_features", "vector_bytes")
+    out_features, in_features, vector_bytes = (_whole(f"{what} {n}", value[n], 1 << 40) for n in sizes)
     tokens = _whole(f"{what} tokens", value["tokens"], 1 << 24)
     if tokens != bucket(tokens):
         raise ValueError(f"{what} has {tokens} tokens, not a power of two")
     seconds = _positive(f"{what} seconds", value["seconds"], 3600.0)
     config = None if value["config"] is None else _config(f"{what} config", value["config"])
     choices = (value["execution"], value["precision"], vectors, value["dtype"], tokens)
-    return Entry(*choices, **numbers, seconds=seconds, config=config)
+    return Entry(*choices, out_features, in_features, vector_bytes, seconds, config)
 
 
 def _config(what: str, value: Any) -> Config:

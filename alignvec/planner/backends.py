@@ -1,4 +1,4 @@
-"""Which backend and which execution a call takes."""
+"""Where the operators run: Triton or plain torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from alignvec.errors import AlignvecError
 
 BACKENDS = ("auto", "triton", "torch")
-EXECUTIONS = ("auto", "split", "combine")
+EXECUTIONS = ("auto", "split", "combine", "materialise")
 PRECISIONS = ("exact", "merged")
 
 
@@ -46,12 +46,12 @@ def resolve_backend(device_type: str, backend: str = "auto") -> str:
 @functools.cache
 def _kernel(backend: str) -> Callable[..., torch.Tensor]:
     if backend == "triton":
-        from alignvec.kernels.dense import linear as dense_linear
+        from alignvec.kernels import linear
 
-        return dense_linear
-    from alignvec.kernels.eager import linear
+        return linear.linear
+    from alignvec.kernels import eager
 
-    return linear
+    return eager.linear
 
 
 def linear_kernel(device: torch.device, backend: str) -> Callable[..., torch.Tensor]:

@@ -1,0 +1,80 @@
+"""What the device of a call can do: from its tuned table, or from what the driver says of it."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from alignvec.errors import AlignvecError
+from alignvec.kernels import configs
+from alignvec.kernels.configs import Device
+
+# FLOP a cycle and multiprocessor with 16-bit inputs, by compute capability; others are taken for the nearest below.
+TENSOR_CORES = {(7, 0): 1024, (7, 5): 1024, (8, 0): 2048, (8, 6): 1024, (9, 0): 4096, (10, 0): 8192, (12, 0): 2048}
+CUDA_CORES = {(7, 0): 128, (8, 0): 128, (8, 6): 256, (9, 0): 256}
+READ_SHARE, MATRIX_SHARE = 0.85, 0.65  # of a data sheet's figure, what programs see: H200 0.90 and 0.70
+
+
+@functools.lru_cache(64)
+def find(device: str | torch.device) -> Device:
+    """The figures of a device: `cuda:0`, `cpu`, or a GPU that alignvec has a table for, by (part of) its name.
+
+    Raises:
+        AlignvecError: no such device.
+    """
+    name = str(device)
+    if name == "cpu":
+        return cpu(torch.get_num_threads())
+    if name.split(":")[0] == "cuda":
+        if not torch.cuda.is_available():
+            raise AlignvecError(f"there is no device {name!r} here; name one to plan for, such as 'H200'")
+        try:
+            properties = torch.cuda.get_device_properties(device)
+        except (AssertionError, RuntimeError):
+            raise AlignvecError(f"there is no device {name!r}, only {torch.cuda.device_count()} of them") from None
+        tuned = configs.table(properties.name)
+        return tuned.device if tuned else generic(properties)
+    known = configs.packaged()
+    wanted = name.lower()
+    for tuned in known:
+        if wanted in tuned.device.name.lower():
+            return tuned.device
+    names = ", ".join(repr(tuned.device.name) for tuned in known)
+    raise AlignvecError(f"device {name!r} is not known: it is 'cpu', 'cuda:0' and so on, or (part of) one of {names}")
+
+
+def cpu(threads: int) -> Device:
+    """A CPU: 30 GB/s and 60 GFLOP/s a core, as the small GEMMs and the mixing of `kernels.eager` reach."""
+    rate = 60e9 * threads
+    figures = dict(read_bandwidth=30e9 * threads, matrix_16=rate, matrix_32=rate, vector_32=rate, launch=5e-6)
+    source = "30 GB/s and 60 GFLOP/s for each thread of torch, assumed"
+    return Device("cpu", **figures, vendor_bandwidth=1.0, kernel_matrix=1.0, multiprocessors=threads, source=source)
+
+
+def generic(properties: Any) -> Device:
+    """A GPU without a table, from its clocks, bus and compute capability (`torch.cuda.get_device_properties`)."""
+    clock = 1e3 * getattr(properties, "clock_rate", 1_500_000)  # kHz
+    bus = getattr(properties, "memory_bus_width", 256) / 8 * 2e3 * getattr(properties, "memory_clock_rate", 5_000_000)
+    amd = getattr(properties, "gcnArchName", "").startswith("gfx")
+    units = properties.multi_processor_count
+    capability = (properties.major, properties.minor)
+    tensor = 2048 if amd else _at_or_below(TENSOR_CORES, capability)
+    vector = 256 if amd else _at_or_below(CUDA_CORES, capability)
+    return Device(
+        properties.name,
+        read_bandwidth=READ_SHARE * bus,
+        matrix_16=MATRIX_SHARE * units * clock * tensor,
+        matrix_32=MATRIX_SHARE * units * clock * vector,
+        vector_32=units * clock * vector,
+        launch=3e-6,
+        vendor_bandwidth=0.9,
+        kernel_matrix=0.6,
+        multiprocessors=units,
+        source="estimated from clocks, bus and compute capability; alignvec tune measures it",
+    )
+
+
+def _at_or_below(rates: dict[tuple[int, int], int], capability: tuple[int, int]) -> int:
+    return rates[max((c for c in rates if c <= capability), default=min(rates))]
