@@ -6,10 +6,11 @@ Importing this package initialises neither CUDA nor Triton.
 from alignvec.alignment import Alignment
 from alignvec.attach import attach
 from alignvec.check import check
+from alignvec.convert import convert
 from alignvec.errors import AlignvecError
 from alignvec.extract import extract
 from alignvec.merge import merge
 from alignvec.vector import AlignmentVector, load
 
 __version__ = "0.1.0"
-__all__ = ["Alignment", "AlignmentVector", "AlignvecError", "attach", "check", "extract", "load", "merge"]
+__all__ = ["Alignment", "AlignmentVector", "AlignvecError", "attach", "check", "convert", "extract", "load", "merge"]

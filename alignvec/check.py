@@ -93,15 +93,16 @@ def _block(source: Source, vector: AlignmentVector, name: str, dtype: torch.dtyp
 
 def _operator(weight: Tensor, delta: Tensor, coefficients: Sequence[float]) -> Tensor:
     """The weights that the operator acts with, float32 [coefficients, *weight.shape], read off its output."""
-    from alignvec.kernels import eager
+    from alignvec.kernels import eager, operands
 
     count = len(coefficients)
     table = torch.tensor(coefficients, dtype=torch.float32)[:, None]
     columns, rows = torch.zeros(1, dtype=torch.int32), torch.tensor([count], dtype=torch.int32)
+    deltas = [operands.dense(delta.view(-1, delta.shape[-1]))]
     if weight.dim() < 2:
-        return eager.mix(weight, delta[None], columns, table, rows, count)
+        return eager.mix(weight, deltas, columns, table, rows, count)
     unit = torch.eye(weight.shape[1]).repeat(count, 1)
-    output = eager.linear(unit, weight, None, delta[None], None, columns, table, rows)
+    output = eager.linear(unit, weight, None, deltas, None, columns, table, rows)
     return output.view(count, weight.shape[1], weight.shape[0]).transpose(1, 2)
 
 

@@ -69,7 +69,11 @@ class _Leaf:
         if first >= last:
             return torch.empty(0)
         encoded, rows = self._rows(name, first, last)
-        decoded = formats.decode(encoded, self._base_rows(name, first, last), rows)
+        base = self._base_rows(name, first, last)
+        try:
+            decoded = formats.decode(encoded, base, rows)
+        except AlignvecError as error:
+            raise AlignvecError(f"delta {name}: {error}") from None
         values = decoded.reshape(-1)[start - first * columns : stop - first * columns].cpu()
         require_finite(name, values)
         return values
@@ -233,13 +237,16 @@ class Stored(_Leaf):
         return checked(name, Encoded(header.name, (last - first, columns), header.options, parts)), None
 
     def _side_table(self, name: str, start: int, stop: int) -> dict[str, Tensor]:
-        """The large steps of a range of values, found by bisection: positions ascend."""
+        """The large steps of a range of values, found by bisection: positions ascend. The ends of the tensor take what
+        lies beyond them, too, so that the check refuses it."""
         index = key(name, "side_index")
         positions = range(self._parts[name]["side_index"].numel)
-        low, high = (
-            bisect.bisect_left(positions, value, key=lambda i: int(self.checkpoint.read(index, i, i + 1)))
-            for value in (start, stop)
-        )
+
+        def place(value: int) -> int:
+            return bisect.bisect_left(positions, value, key=lambda i: int(self.checkpoint.read(index, i, i + 1)))
+
+        low = place(start) if start else 0
+        high = place(stop) if stop < self.tensors[name].numel else len(positions)
         steps = self.checkpoint.read(key(name, "side_steps"), low, max(low, high))
         return {"side_index": self.checkpoint.read(index, low, max(low, high)) - start, "side_steps": steps}
 

@@ -54,6 +54,20 @@ def layer_of(name: str) -> int | str:
     return next((kind for kind, pattern in KINDS if pattern.search(name)), "other")
 
 
+def total_error(vector: AlignmentVector) -> float | None:
+    """Norm of what encoding lost over the norm of the deltas, from what was recorded; None where that is incomplete."""
+    errors = [vector.errors.get(name) for name in vector]
+    if all(error is not None and not error.relative for error in errors):
+        return 0.0
+    lost = before = 0.0
+    for error in errors:
+        if error is None or error.norm is None:
+            return None
+        lost += (error.relative * error.norm) ** 2
+        before += error.norm**2
+    return math.sqrt(lost / before) if before else 0.0
+
+
 def dense_bytes(vector: AlignmentVector, name: str) -> int:
     """What the delta would take stored dense in its base's dtype (in its own, where the base is not known)."""
     info = vector.tensors[name]

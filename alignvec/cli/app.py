@@ -1,16 +1,20 @@
-"""The commands on stored models and vectors: extract, inspect, check, merge; the others have files of their own."""
+"""The commands on stored models and vectors: extract, convert, check, merge; the others have files of their own."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from alignvec.cli.demo import demo
 from alignvec.cli.env import env
 from alignvec.cli.generate import generate
+from alignvec.cli.inspect import inspect
 from alignvec.cli.options import console, mix, size, table, vectors
+
+if TYPE_CHECKING:
+    from alignvec.vector import AlignmentVector
 
 app = typer.Typer(
     name="alignvec",
@@ -19,12 +23,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+app.command()(inspect)
 app.command()(generate)
 app.command()(demo)
 app.command()(env)
 
 VectorOption = Annotated[list[str], typer.Option("--vector", "-v", help="NAME=FOLDER of a vector; repeatable.")]
 TransferOption = Annotated[bool, typer.Option("--transfer", help="The vectors come from another base, on purpose.")]
+FORMAT = "dense, lossless, int8, int4:group=64, sign, low-rank:rank=16, sparse:density=0.1, auto:0.25, ..."
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
 
 
@@ -33,7 +39,7 @@ def extract(
     base: Annotated[str, typer.Argument(help="The model before preference tuning: a folder, a file or a hub id.")],
     aligned: Annotated[str, typer.Argument(help="The model after it.")],
     output: Annotated[Path, typer.Argument(help="Folder to write the vector to.")],
-    format: Annotated[str, typer.Option(help="How the deltas are encoded.")] = "dense",
+    format: Annotated[str, typer.Option(help=FORMAT)] = "dense",
     dtype: Annotated[str | None, typer.Option(help="Of the stored deltas; default: as found.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file.")] = "5GB",
     overwrite: OverwriteOption = False,
@@ -54,7 +60,7 @@ def extract(
         overwrite=overwrite,
         progress=True,
     )
-    console.print(f"{output}: {len(vector)} tensors, {size(vector.nbytes)}, norm {vector.norm():.4g}")
+    console.print(f"{output}: {_summary(vector)}, norm {vector.norm():.4g}")
     inexact = vector.source.get("inexact_values", 0)
     if inexact:
         console.print(
@@ -63,33 +69,32 @@ def extract(
 
 
 @app.command()
-def inspect(
-    folders: Annotated[list[Path], typer.Argument(help="One or several vectors.")],
-    base: Annotated[str | None, typer.Option(help="The base, for norms relative to its weights.")] = None,
+def convert(
+    vector: Annotated[Path, typer.Argument(help="A vector's folder, or a PEFT adapter's.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write to.")],
+    format: Annotated[str | None, typer.Option(help=FORMAT + " Or peft: an adapter. Default: as it is.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base, for lossless vectors and some adapters.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of values stored as they are; default: as found.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file.")] = "5GB",
+    overwrite: OverwriteOption = False,
 ) -> None:
-    """Show where a vector acts, layer by layer; of several vectors, their cosines too.
+    """Write a vector in another format; PEFT LoRA adapters come in, and low-rank vectors go out as adapters.
 
-    Example: alignvec inspect medical-av legal-av
+    Example: alignvec convert medical-av medical-int4 --format int4
     """
-    from alignvec.vector import AlignmentVector
+    import alignvec
 
-    opened = {str(folder): AlignmentVector.load(folder) for folder in folders}
-    for name, vector in opened.items():
-        columns = ["layer", "parameters", "changed", "norm", "largest change", *(["norm / base"] if base else [])]
-        rows = table(f"{name}: {vector.format}, {len(vector)} tensors, {size(vector.nbytes)}", *columns)
-        for layer in vector.statistics(base):
-            cells = [str(layer.layer), f"{layer.parameters:,}", f"{layer.changed:.1%}", f"{layer.norm:.4g}"]
-            cells.append(f"{layer.max_abs:.3g}")
-            if base:
-                cells.append("-" if layer.relative_norm is None else f"{layer.relative_norm:.2e}")
-            rows.add_row(*cells)
-        console.print(rows)
-    if len(opened) > 1:
-        names = list(opened)
-        cosines = table("cosines", "", *(str(i + 1) for i in range(len(names))))
-        for i, name in enumerate(names):
-            cosines.add_row(f"{i + 1} {name}", *(f"{opened[name].cosine(opened[other]):.3f}" for other in names))
-        console.print(cosines)
+    converted = alignvec.convert(
+        vector,
+        output,
+        format,
+        base=base,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        progress=True,
+    )
+    console.print(f"{output}: " + ("an adapter for PEFT" if converted is None else _summary(converted)))
 
 
 @app.command()
@@ -160,3 +165,11 @@ def merge(
     for name, requested in report.requested.items():
         rows.add_row(name, f"{requested:g}", f"{report.realised[name]:.4f}")
     console.print(rows)
+
+
+def _summary(vector: AlignmentVector) -> str:
+    from alignvec.statistics import total_error
+
+    error = total_error(vector)
+    lost = f", relative error {error:.2e}" if error and vector.format != "dense" else ""
+    return f"{len(vector)} tensors, {vector.format}, {size(vector.nbytes)}{lost}"

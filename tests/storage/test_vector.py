@@ -219,8 +219,10 @@ BROKEN = {
     "schema 3": edit(lambda d: d.update(schema=3)),
     "'format' is missing": edit(lambda d: d.pop("format")),
     "format 'zip' is not known": edit(lambda d: d.update(format="zip")),
-    "gives ghost the shape [2]": edit(lambda d: d["tensors"].update(ghost=[2])),
-    "gives model.norm.weight the shape None": edit(lambda d: d["tensors"].pop("model.norm.weight")),
+    "which the dense delta ghost needs, is missing": edit(
+        lambda d: d["tensors"].update(ghost={"shape": [2], "format": "dense", "options": {}})
+    ),
+    "hold model.norm.weight, which no delta has": edit(lambda d: d["tensors"].pop("model.norm.weight")),
     "identity is malformed": edit(lambda d: d.update(base=[])),
     "belongs to no tensor": edit(lambda d: d["base"]["tensors"].pop("model.norm.weight")),
     "is torch.int8": lambda f: save_file(
