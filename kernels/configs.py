@@ -13,7 +13,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,13 +89,17 @@ class Entry:
 
 @dataclass(frozen=True)
 class Table:
-    """device, entries, and `about` (versions, date and the like); `matches`: parts of the device names it is for."""
+    """device, entries, and `about` (versions, date and the like); `matches`: parts of the device names it is for.
+
+    origin: "ALIGNVEC_TUNED", "the user's cache" or "alignvec's own".
+    """
 
     device: Device
     matches: tuple[str, ...]
     entries: tuple[Entry, ...]
     about: dict[str, str]
     path: Path | None = None
+    origin: str = ""
 
     def serves(self, device_name: str) -> bool:
         """Slices of a GPU (MIG) carry its name but not its figures."""
@@ -187,10 +191,10 @@ def table(device_name: str) -> Table | None:
     if chosen:
         tuned = read(Path(chosen))
         if tuned.serves(device_name):
-            return tuned
+            return replace(tuned, origin="ALIGNVEC_TUNED")
     own = user_folder() / file_name(device_name)
     if own.is_file():
-        return read(own)
+        return replace(read(own), origin="the user's cache")
     return next((tuned for tuned in packaged() if tuned.serves(device_name)), None)
 
 
@@ -198,7 +202,7 @@ def table(device_name: str) -> Table | None:
 def packaged() -> tuple[Table, ...]:
     """The tables that come with alignvec."""
     folder = Path(errors.__file__).parent / "tuned"
-    return tuple(read(path) for path in sorted(folder.glob("*.json")))
+    return tuple(replace(read(path), origin="alignvec's own") for path in sorted(folder.glob("*.json")))
 
 
 def forget() -> None:

@@ -1,6 +1,7 @@
 """Which backend and which execution a call takes.
 
-`backends` says where kernels run, `cost` what each execution costs, `devices` on what, `explain` says it to a user.
+`backends` says where kernels run, `cost` what an execution of a `problem` takes on one of `devices`, `choice` which it
+is, and `explain` says it to a user.
 """
 
 from alignvec.planner.backends import (
@@ -11,8 +12,9 @@ from alignvec.planner.backends import (
     linear_kernel,
     resolve_backend,
 )
-from alignvec.planner.cost import Plan, Problem, break_even, choose, plan
+from alignvec.planner.choice import break_even, choose, forget, plan
 from alignvec.planner.devices import find
+from alignvec.planner.problem import Plan, Problem
 
 __all__ = [
     "BACKENDS",
@@ -24,6 +26,7 @@ __all__ = [
     "check_choice",
     "choose",
     "find",
+    "forget",
     "linear_kernel",
     "plan",
     "resolve_backend",

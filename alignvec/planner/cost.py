@@ -1,4 +1,4 @@
-"""What each execution of a layer costs, and which is cheapest: bytes over bandwidth or FLOPs over rate, the larger.
+"""What an execution of a layer costs, by the figures of a device: bytes over bandwidth or FLOPs over rate, the larger.
 
     split        every tile of tokens reads base and vectors; a product for the base and one for each vector
     combine      the same reads, shared by neighbouring tiles; the mix formed anew in each; one product, two when exact.
@@ -12,18 +12,12 @@ nothing where it has not. Tokens are counted in powers of two, so all of a bucke
 
 from __future__ import annotations
 
-import functools
 import math
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-
-import torch
-from torch import Tensor
+from dataclasses import replace
 
 from alignvec.kernels import configs
-from alignvec.kernels.configs import Device, Entry, bucket
-from alignvec.planner.devices import find
+from alignvec.kernels.configs import Entry
+from alignvec.planner.problem import Cost, Problem
 
 # Tokens that read the weights together: a tile, and in combine the tiles that run through one stretch of weights.
 TILE, GROUP = 128, 1024
@@ -34,131 +28,6 @@ BATCH = 256
 # Instructions that make one delta of a stored one, each time a tile reads it; the mix takes MIX more, a pair PAIR.
 UNPACK = {"dense": 0, "codes": 4, "lossless": 8, "sparse": 16, "low-rank": 0}
 MIX, PAIR = 2, 8
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One call of a linear layer.
-
-    vectors: an operand's `spec` and `nbytes` for each. dtype: of the weight, as text. mixes: how many distinct mixes
-    the tokens have, in equal stretches; None where only the device knows. reuse: calls that a materialised mix serves.
-    """
-
-    tokens: int
-    out_features: int
-    in_features: int
-    vectors: tuple[tuple[str, int], ...]
-    device: Device
-    dtype: str = "bfloat16"
-    mixes: int | None = 1
-    precision: str = "exact"
-    reuse: int = 1
-
-    @property
-    def weights(self) -> int:
-        return self.out_features * self.in_features
-
-    @property
-    def itemsize(self) -> int:
-        return 4 if self.dtype == "float32" else 2
-
-    @property
-    def vector_bytes(self) -> int:
-        return sum(nbytes for _, nbytes in self.vectors)
-
-    @property
-    def kinds(self) -> list[str]:
-        """The kind of each vector that is a matrix; low-rank ones are not."""
-        return [kind for kind in (spec.split(":")[0] for spec, _ in self.vectors) if kind != "low-rank"]
-
-    @property
-    def low_rank(self) -> int:
-        """Values in the factors of the low-rank vectors."""
-        return sum(nbytes for spec, nbytes in self.vectors if spec.startswith("low-rank")) // self.itemsize
-
-    @property
-    def pair(self) -> bool:
-        """Whether a mix takes two numbers of the weight's dtype to hold."""
-        return self.precision == "exact" and self.itemsize == 2
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Seconds of one call, and what bounds them: "bytes", "FLOPs" or "unpacking"."""
-
-    seconds: float
-    limit: str
-    note: str = ""
-
-    def __str__(self) -> str:
-        return f"{duration(self.seconds)} by {self.limit}{self.note}"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The execution chosen, the seconds of each (infinite for one that cannot be), and why, in a sentence."""
-
-    problem: Problem
-    execution: str
-    seconds: dict[str, float]
-    reason: str
-    layers: int = 1
-
-    def __str__(self) -> str:
-        p = self.problem
-        formats = Counter(configs.describe(spec) for spec, _ in p.vectors)
-        vectors = ", ".join(f"{_count(n, 'vector')} {name}" for name, n in formats.items()) or "no vectors"
-        mixes = "mixes known on the device alone" if p.mixes is None else _count(p.mixes, "mix")
-        layers = f"{self.layers} layers of " if self.layers > 1 else ""
-        shape = f"{p.out_features}x{p.in_features}"
-        return f"{layers}{shape}, {vectors}, {_count(p.tokens, 'token')}, {mixes}: {self.execution}, {self.reason}"
-
-
-def plan(problem: Problem) -> Plan:
-    """The cheapest execution of `problem`, for all numbers of tokens of its bucket alike. Cached: microseconds."""
-    return _plan(replace(problem, tokens=bucket(problem.tokens)))
-
-
-@functools.lru_cache(4096)
-def _plan(problem: Problem) -> Plan:
-    costs = {"split": _cost(problem, "split"), "combine": _cost(problem, "combine")}
-    seconds = {name: cost.seconds for name, cost in costs.items()}
-    once = materialise(problem)
-    seconds["materialise"] = math.inf if once is None else once[0] / problem.reuse + once[1]
-    best = min(seconds, key=lambda name: seconds[name])  # the first of equals
-    clauses = [_chosen(problem, best, costs.get(best), seconds[best])]
-    clauses += [f"{name} {cost}" for name, cost in costs.items() if name != best]
-    if once is None:
-        where = "on a CPU is a choice for the whole model" if problem.device.name == "cpu" else "needs one mix for all"
-        clauses.append(f"materialise {where}{' that the host knows' if problem.mixes is None else ''}")
-    elif best != "materialise":
-        calls = break_even(problem)
-        pays = "never pays back" if calls == math.inf else f"pays back after {_count(math.ceil(calls), 'call')}"
-        clauses.append(f"materialise {duration(seconds['materialise'])}, {pays} with one mix")
-    return Plan(problem, best, seconds, "; ".join(clauses))
-
-
-def _chosen(problem: Problem, execution: str, cost: Cost | None, seconds: float) -> str:
-    base, vectors = size(problem.weights * problem.itemsize), size(problem.vector_bytes)
-    d = problem.device
-    bandwidth = (
-        f"{d.read_bandwidth / 1e12:.2f} TB/s" if d.read_bandwidth > 2e11 else f"{d.read_bandwidth / 1e9:.0f} GB/s"
-    )
-    figures = f"base {base}, vectors {vectors} at {bandwidth}"
-    if cost is None:
-        calls = "in this call alone" if problem.reuse == 1 else f"over {problem.reuse} calls"
-        return f"{duration(seconds)} with its pass paid {calls} ({figures})"
-    if cost.limit == "FLOPs":
-        rate = (d.matrix_16 if problem.itemsize == 2 else d.matrix_32) * d.kernel_matrix
-        figures += f", products at {rate / 1e12:.3g} TFLOP/s"
-    return f"{cost} ({figures})"
-
-
-def break_even(problem: Problem) -> float:
-    """The calls after which materialising one mix has paid for its pass, against the better of split and combine."""
-    once = materialise(replace(problem, mixes=1))
-    best = min(_cost(problem, execution).seconds for execution in ("split", "combine"))
-    return math.inf if once is None or best <= once[1] else once[0] / (best - once[1])
 
 
 def materialise(problem: Problem) -> tuple[float, float] | None:
@@ -237,7 +106,8 @@ def _mixed_tiles(p: Problem) -> float:
     return min(1.0, (mixes - 1) / tiles)
 
 
-def _cost(problem: Problem, execution: str) -> Cost:
+def corrected(problem: Problem, execution: str) -> Cost:
+    """`model`, by what the device's tuned table says of it."""
     cost = model(problem, execution)
     factor = _correction(problem, execution)
     note = cost.note if factor == 1 else f"{cost.note}, {factor:.2f} times the model's as measured"
@@ -280,63 +150,3 @@ def _interpolate(points: list[tuple[float, float]], at: float) -> float:
     if above[0] == below[0]:
         return below[1]
     return below[1] + (above[1] - below[1]) * (at - below[0]) / (above[0] - below[0])
-
-
-def choose(
-    execution: str, tokens: int, weight: Tensor, specs: Sequence[str], parts: Sequence[Tensor], precision: str
-) -> str:
-    """What `execution="auto"` is for a call on a GPU, where mixes are on the device; every other choice stands.
-
-    specs, parts: of the layer's operands (`operands.parse`). On a CPU "auto" stays: `kernels.eager` reads the mixes
-    themselves and decides by them. Cached by bucket of tokens, shape and formats: microseconds.
-    """
-    if execution != "auto" or not weight.is_cuda:
-        return execution
-    sizes = tuple([part.nbytes for part in parts])
-    return _choose(bucket(tokens), weight.shape, weight.dtype, tuple(specs), sizes, precision, weight.device)
-
-
-@functools.lru_cache(4096)
-def _choose(
-    tokens: int,
-    shape: tuple[int, int],
-    dtype: torch.dtype,
-    specs: tuple[str, ...],
-    sizes: tuple[int, ...],
-    precision: str,
-    device: torch.device,
-) -> str:
-    from alignvec.kernels.operands import PARTS
-
-    vectors, position = [], 0
-    for spec in specs:
-        count = PARTS[spec.split(":")[0]]
-        vectors.append((spec, sum(sizes[position : position + count])))
-        position += count
-    name = str(dtype).removeprefix("torch.")
-    return plan(Problem(tokens, *shape, tuple(vectors), find(device), name, None, precision)).execution
-
-
-def forget() -> None:
-    """Read tuned tables and plan anew."""
-    configs.forget()
-    for cached in (_plan, _choose, find):
-        cached.cache_clear()
-
-
-def duration(seconds: float) -> str:
-    for unit, scale in (("us", 1e6), ("ms", 1e3)):
-        if seconds * scale < 1000:
-            return f"{seconds * scale:.3g} {unit}"
-    return f"{seconds:.3g} s"
-
-
-def size(nbytes: float) -> str:
-    for unit, scale in (("B", 1), ("KB", 1e3), ("MB", 1e6)):
-        if nbytes / scale < 1000:
-            return f"{nbytes / scale:.3g} {unit}"
-    return f"{nbytes / 1e9:.3g} GB"
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}{'es' if noun.endswith('x') else 's'}"
