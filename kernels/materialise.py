@@ -1,0 +1,338 @@
+"""A mix written into weights, one pass over the base and its vectors in Triton: `out = round(W + sum_i c_i D_i)`.
+
+The pass is bound by memory: the tiles of base and deltas are loaded in 16-byte accesses before anything waits for them,
+each byte once. Where vectors hold bit planes of one width, a program loads the words of its inputs once, keeps them in
+registers, and has plane after plane of them by a shift, while the next tile of the base is on its way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from alignvec.errors import AlignvecError
+from alignvec.kernels import operands as forms
+from alignvec.kernels import tiles
+from alignvec.kernels.operands import Operand
+
+MAX_VECTORS = 16
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tiles [block_k inputs, block_n outputs], `steps` of them a program; `planes`: each is a plane of the words."""
+
+    block_k: int
+    block_n: int
+    num_warps: int = 4
+    steps: int = 1
+    planes: bool = False
+
+
+def choose_config(operands: list[Operand], weight: Tensor) -> Config:
+    """The launch for `operands` of `weight` [out, in]; tiles are long in the weight's contiguous dimension."""
+    coded = [o for o in operands if o.kind in ("codes", "lossless")]
+    widths = {o.width for o in coded}
+    transposed = weight.stride(0) == 1 and weight.stride(1) != 1
+    if any(o.kind == "low-rank" for o in operands):  # factors are read once a tile: large ones
+        return Config(64, 128 if weight.dtype.itemsize == 2 else 64, 8)
+    if len(widths) == 1 and min(widths) >= 32 and all(o.group % o.width == 0 for o in coded):
+        steps = min(16, *(32 // o.bits for o in coded))
+        return Config(min(widths), 64 if transposed else 1024 // min(widths), 8 if transposed else 4, steps, True)
+    size = 2048 if len(operands) <= 8 else 1024
+    long = triton.next_power_of_2(weight.shape[0 if transposed else 1])
+    if transposed:
+        block_n = min(long, size // 32)
+        return Config(size // block_n, block_n)
+    block_k = min(max(long, 32), 512)
+    return Config(block_k, size // block_k)
+
+
+@triton.jit
+def _codes(
+    SPECS: tl.constexpr, i: tl.constexpr, parts, sizes, at_n, n_mask, k, k_mask, word, plane, ALIKE: tl.constexpr
+):
+    """scale * field, float32 [K, N]; a field becomes a float by its bits, without a conversion. ALIKE: one group."""
+    bits: tl.constexpr = tiles.bits(SPECS, i)
+    if bits == 1:
+        value = (((word << (31 - plane)) & -0x80000000) ^ 0x3F800000).to(tl.float32, bitcast=True)
+    else:
+        field = (word >> (plane * bits)) & ((1 << bits) - 1)
+        value = (field | 0x4B000000).to(tl.float32, bitcast=True) - (0x800000 + (1 << (bits - 1)))  # 2^23 + field
+    at = parts[1] + at_n * sizes[3]
+    if not tiles.grouped(SPECS, i):
+        scale = tl.load(at, mask=n_mask, other=0.0)
+    elif ALIKE:
+        scale = tl.load(at + tl.min(k, 0) // sizes[2], mask=n_mask, other=0.0)
+    else:
+        scale = tl.load(at + (k // sizes[2])[:, None], mask=k_mask & n_mask, other=0.0)
+    return value * scale.to(tl.float32)
+
+
+@triton.jit
+def _lossless(SPECS: tl.constexpr, i: tl.constexpr, parts, steps, w, word, plane, mask, cursor):
+    """The delta and the aligned weight, float32 [K, N], and where the side table goes on after this tile, [1, N]."""
+    lowest: tl.constexpr = -(1 << (tiles.bits(SPECS, i) - 1))
+    step = tiles.field(SPECS, i, word, plane)
+    bits = w.to(tl.int16, bitcast=True).to(tl.int32)
+    bits = (bits ^ ((bits >> 15) & 0x7FFF)) + tl.where(step == lowest, 0, step)
+    bits = bits ^ ((bits >> 15) & 0x7FFF)
+    aligned = bits.to(tl.int16).to(w.dtype, bitcast=True).to(tl.float32)
+    delta = aligned - w.to(tl.float32)
+    if steps > 0:
+        far = mask & (step == lowest)
+        value, cursor = _next(parts[3], cursor, far)
+        delta = tl.where(far, value, delta)
+        aligned = tl.where(far, w.to(tl.float32) + value, aligned)
+    return delta, aligned, cursor
+
+
+@triton.jit
+def _next(values, cursor, there):
+    """Of values that lie row by row, those of a tile: where `there` [K, N] is set, in the order of K, from `cursor`."""
+    count = tl.cumsum(there.to(tl.int32), 0)
+    value = tl.load(values + cursor + count - 1, mask=there, other=0.0).to(tl.float32)
+    return value, cursor + tl.max(count, 0)[None, :]
+
+
+@triton.jit
+def _search(parts, steps, at_n, n_mask, first):
+    """Where in the side table the inputs from `first` on begin, int32 [1, N]: a binary search for each output."""
+    low = tl.load(parts[1] + at_n, mask=n_mask, other=0)
+    high = tl.load(parts[1] + at_n + 1, mask=n_mask, other=0)
+    for _ in range(steps):
+        middle = (low + high) // 2
+        open = low < high
+        before = tl.load(parts[2] + middle, mask=open, other=0) < first
+        low = tl.where(open & before, middle + 1, low)
+        high = tl.where(open & (before == 0), middle, high)
+    return low
+
+
+@triton.jit
+def _sparse(parts, sizes, at_n, n_mask, first, k, k_mask):
+    """Values where the bitmap is set, float32 [K, N]; `first`, the tile's first input, is a multiple of 32."""
+    word = tl.load(parts[0] + at_n * sizes[0] + (k // 32)[:, None], mask=k_mask & n_mask, other=0)
+    before = tl.load(parts[1] + at_n * sizes[0] + first // 32, mask=n_mask, other=0).to(tl.int32) & 0xFFFF
+    cursor = tl.load(parts[2] + at_n, mask=n_mask, other=0) + before
+    value, _ = _next(parts[3], cursor, ((word >> (k % 32)[:, None]) & 1) == 1)
+    return value
+
+
+@triton.jit
+def _low_rank(parts, sizes, at_n, n_mask, k, k_mask, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A^T B^T, float32 [K, N]. Products of 16-bit factors are exact, sums are float32."""
+    block: tl.constexpr = 32
+    acc = tl.zeros((BLOCK_K, BLOCK_N), dtype=tl.float32)
+    for start in range(0, sizes[2], block):
+        r = start + tl.arange(0, block)
+        at = r.to(tl.int64)[None, :] * sizes[0] + k.to(tl.int64)[:, None] * sizes[1]
+        a = tl.load(parts[0] + at, mask=k_mask & (r < sizes[2])[None, :], other=0.0)
+        b = tl.load(parts[1] + at_n * sizes[3] + r[:, None], mask=(r < sizes[2])[:, None] & n_mask, other=0.0)
+        if a.dtype == b.dtype and a.dtype != tl.float32:
+            acc = tl.dot(a, b, acc)
+        else:
+            acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def _low_half(rest, k, dtype: tl.constexpr):
+    """`rest` [K, N] rounded to `dtype` with a dither that walks through k, as in `tiles.dot`: its mean is right."""
+    dither = ((k * 40503) & 0xFFFF)[:, None]
+    if dtype == tl.bfloat16:
+        bits = (rest.to(tl.int32, bitcast=True) + dither) & -0x10000
+        rest = bits.to(tl.float32, bitcast=True)
+    elif dtype == tl.float16:
+        bits = (rest.to(tl.int32, bitcast=True) + (dither >> 3)) & -0x2000
+        small = tl.floor(rest * 16777216.0 + dither.to(tl.float32) / 65536) / 16777216.0  # subnormals: 2^-24 apart
+        rest = tl.where(tl.abs(rest) < 6.103515625e-05, small, bits.to(tl.float32, bitcast=True))
+    return rest.to(dtype)
+
+
+@triton.jit
+def materialise_kernel(
+    out_ptr,
+    low_ptr,
+    w_ptr,
+    columns_ptr,
+    table_ptr,
+    rows_ptr,
+    parts,
+    sizes,
+    out_features,
+    in_features,
+    w_stride_n,
+    w_stride_k,
+    out_stride_n,
+    out_stride_k,
+    SPECS: tl.constexpr,
+    VECTORS: tl.constexpr,
+    PLANES: tl.constexpr,
+    STEPS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """out = round(W + sum_i c_i D_i), low = round(W + sum_i c_i D_i - out); the edit is summed first, in float32.
+
+    Bytes: out in (read itemsize + written itemsize, twice with `low`) + those of the vectors whose c_i is not 0.
+    Where every c_i is 0, W's own bits; where one is 1 and lossless and the others are 0, the aligned ones: -0.0 too.
+    """
+    tiles_k = tl.cdiv(in_features, BLOCK_K * STEPS)
+    pid_k, pid_n = tl.program_id(0) % tiles_k, tl.program_id(0) // tiles_k
+    first = pid_k * (BLOCK_K * STEPS)
+    offs_k = tl.arange(0, BLOCK_K)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    at_n = offs_n.to(tl.int64)[None, :]
+    inside = (offs_n < out_features)[None, :]
+
+    k_mask = (first + offs_k < in_features)[:, None]
+    w_at = w_ptr + at_n * w_stride_n + (first + offs_k).to(tl.int64)[:, None] * w_stride_k
+    following = tl.load(w_at, mask=k_mask & inside, other=0.0)
+
+    one_row = tl.load(rows_ptr) == 1
+    used = tl.full((), 0, tl.int32)
+    coefficients, words, cursors = (), (), ()
+    for i in tl.static_range(VECTORS):
+        c = tl.where(one_row, tl.load(table_ptr + tl.load(columns_ptr + i)), float("nan"))
+        used += (c != 0).to(tl.int32)
+        coefficients += (c,)
+        word, cursor = first, first
+        n_mask = inside & ((c != 0).to(tl.int32) == 1)  # an integer: the interpreter cannot widen a float's comparison
+        if PLANES and (tiles.kind(SPECS, i) == tiles.CODES or tiles.kind(SPECS, i) == tiles.LOSSLESS):
+            at = first // tiles.plane_inputs(SPECS, i) * BLOCK_K + offs_k
+            word = tl.load(parts[i][0] + at_n * sizes[i][0] + at[:, None], mask=n_mask, other=0)
+        if tiles.kind(SPECS, i) == tiles.LOSSLESS:
+            cursor = _search(parts[i], sizes[i][2], at_n, n_mask, first)
+        words += (word,)
+        cursors += (cursor,)
+
+    for step in range(STEPS):
+        start = first + step * BLOCK_K
+        k = start + offs_k
+        k_mask = (k < in_features)[:, None]
+        w = following
+        if STEPS > 1:  # in flight while this tile is worked on
+            next_mask = (k + BLOCK_K < in_features)[:, None] & (step + 1 < STEPS)
+            next_at = w_at + (step + 1) * BLOCK_K * w_stride_k
+            following = tl.load(next_at, mask=next_mask & inside, other=0.0)
+        edit = tl.zeros((BLOCK_K, BLOCK_N), dtype=tl.float32)
+        same = w.to(tl.float32)
+        keep = used == 0
+        moved = ()
+        for i in tl.static_range(VECTORS):
+            c = coefficients[i]
+            n_mask = inside & ((c != 0).to(tl.int32) == 1)
+            mask = k_mask & n_mask
+            cursor = cursors[i]
+            if tiles.kind(SPECS, i) == tiles.DENSE:
+                edit += c * tiles.decode(SPECS, i, parts[i], sizes[i], offs_n, k, mask, w, False)
+            elif tiles.kind(SPECS, i) == tiles.SPARSE:
+                edit += c * _sparse(parts[i], sizes[i], at_n, n_mask, start, k, k_mask)
+            elif tiles.kind(SPECS, i) == tiles.LOW_RANK:
+                if c != 0:
+                    edit += c * _low_rank(parts[i], sizes[i], at_n, n_mask, k, k_mask, BLOCK_K, BLOCK_N)
+            else:
+                if PLANES:
+                    word = words[i]
+                    plane = first // BLOCK_K % (32 // tiles.bits(SPECS, i)) + step
+                else:
+                    at = k // tiles.plane_inputs(SPECS, i) * tiles.width(SPECS, i) + k % tiles.width(SPECS, i)
+                    word = tl.load(parts[i][0] + at_n * sizes[i][0] + at[:, None], mask=mask, other=0)
+                    plane = (k // tiles.width(SPECS, i) % (32 // tiles.bits(SPECS, i)))[:, None]
+                if tiles.kind(SPECS, i) == tiles.CODES:
+                    edit += c * _codes(SPECS, i, parts[i], sizes[i], at_n, n_mask, k, k_mask, word, plane, PLANES)
+                else:
+                    delta, aligned, cursor = _lossless(SPECS, i, parts[i], sizes[i][2], w, word, plane, mask, cursor)
+                    edit += c * delta
+                    alone = ((c == 1).to(tl.int32) == 1) & (used == 1)
+                    same = tl.where(alone, aligned, same)
+                    keep = keep | alone
+            moved += (cursor,)
+        cursors = moved
+        mix = tl.where(keep, same, same + edit)
+        out_mask = k_mask & inside
+        out_at = at_n * out_stride_n + k.to(tl.int64)[:, None] * out_stride_k
+        out = mix.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + out_at, out, mask=out_mask)
+        if low_ptr is not None:
+            low = _low_half(mix - out.to(tl.float32), k, low_ptr.dtype.element_ty)
+            tl.store(low_ptr + out_at, low, mask=out_mask)
+
+
+def materialise(
+    weight: Tensor,
+    operands: list[Operand],
+    columns: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    *,
+    out: Tensor,
+    low: Tensor | None = None,
+    config: Config | None = None,
+) -> Tensor:
+    """Write `W + sum_i c_i D_i`, rounded once, to `out`, and what that rounding lost to `low`; returns `out`.
+
+    weight, out, low [out, in], all float32, bfloat16 or float16, any strides; columns int32 [k], table float32
+    [max_rows, n_vectors], rows int32 [1]. c_i is `table[0, columns[i]]`, read on the device; all is NaN where more
+    rows than one are in use, which have no one mix. `out + low` is the mix to within 2^-17. Deterministic.
+
+    Raises:
+        AlignvecError: more than 16 vectors, `out` or `low` of another shape or dtype, or in the weight's own storage.
+    """
+    if len(operands) > MAX_VECTORS:
+        raise AlignvecError(f"{len(operands)} vectors edit one parameter; materialise takes {MAX_VECTORS}")
+    storage = weight.untyped_storage().data_ptr()
+    for name, tensor in (("out", out), ("low", out if low is None else low)):
+        if tensor.shape != weight.shape or tensor.dtype != weight.dtype or tensor.stride() != out.stride():
+            raise AlignvecError(f"{name} must be {weight.dtype} {list(weight.shape)}, with the strides of out")
+        if storage and tensor.untyped_storage().data_ptr() == storage:
+            raise AlignvecError(f"{name} shares the weight's storage; materialise needs the base as it is")
+    if weight.numel() == 0:
+        return out
+    config = config or choose_config(operands, weight)
+    out_features, in_features = weight.shape
+    grid = (triton.cdiv(in_features, config.block_k * config.steps) * triton.cdiv(out_features, config.block_n),)
+    with torch.cuda.device_of(weight):
+        materialise_kernel[grid](
+            out,
+            low,
+            weight,
+            columns,
+            table,
+            rows,
+            tiles.parts(operands),
+            tiles.sizes(operands),
+            out_features,
+            in_features,
+            *weight.stride(),
+            *out.stride(),
+            SPECS=tiles.specs(operands),
+            VECTORS=len(operands),
+            PLANES=config.planes,
+            STEPS=config.steps,
+            BLOCK_K=config.block_k,
+            BLOCK_N=config.block_n,
+            num_warps=config.num_warps,
+        )
+    return out
+
+
+def materialise_vector(
+    weight: Tensor,
+    deltas: Tensor,
+    columns: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    *,
+    out: Tensor,
+    low: Tensor | None = None,
+) -> Tensor:
+    """`materialise` for a bias or a norm's weight: weight, out, low [features], deltas [k, features]."""
+    stack = [forms.dense(delta[None]) for delta in deltas]
+    materialise(weight[None], stack, columns, table, rows, out=out[None], low=None if low is None else low[None])
+    return out
