@@ -45,7 +45,7 @@ def sizes(operands: list[Operand]) -> tuple[tuple[int, int, int, int], ...]:
         elif o.kind == "lossless":
             rows.append((*numbers, o.shape[1].bit_length() if last.numel() else 0, 0))
         elif o.kind == "low-rank":
-            rows.append((*numbers, first.shape[0], last.stride(0)))
+            rows.append((*numbers, last.shape[1], last.stride(0)))
         else:
             rows.append((*numbers, 0, 0))
     return tuple(rows)
@@ -180,6 +180,21 @@ def decode(SPECS: tl.constexpr, i: tl.constexpr, parts, sizes, n, k, mask, w, SI
 
 
 @triton.jit
+def operand(SPECS: tl.constexpr, i: tl.constexpr, parts, sizes, n, k, mask, w):
+    """The tile of `decode` as the operand of a product: in the narrowest dtype that holds it, no side table."""
+    if kind(SPECS, i) == DENSE:
+        at = n.to(tl.int64)[None, :] * sizes[0] + k.to(tl.int64)[:, None] * sizes[1]
+        d = tl.load(parts[0] + at, mask=mask, other=0.0)
+    else:
+        d = decode(SPECS, i, parts, sizes, n, k, mask, w, False)
+        if kind(SPECS, i) == LOSSLESS:
+            d = d.to(w.dtype)
+        elif kind(SPECS, i) == SPARSE:
+            d = d.to(parts[3].dtype.element_ty)
+    return d
+
+
+@triton.jit
 def _side(parts, steps, n, k, mask):
     """Values of the side table at rows n [1, N] and inputs k [K] where mask [K, N] is set: a binary search each."""
     start = parts[1] + n + tl.zeros_like(k)[:, None]
@@ -212,14 +227,15 @@ def _sparse(parts, sizes, n, k, mask):
 
 
 @triton.jit
-def side_dot(x_rows, x_stride_k, m_mask, parts, offs_n, first_n, end_n, acc):
-    """`acc + x D^T` for the side table of a lossless delta: output rows first_n to end_n of offs_n [N].
+def side_dot(x_rows, x_stride_k, m_mask, parts, offs_n, out_features, mask, acc):
+    """`acc + x D^T` for the side table of a lossless delta: output rows offs_n [N], those of mask [N].
 
     The table lists its entries by row, so those of a tile lie together; it is short, or another format would be taken.
     """
     block: tl.constexpr = 16
-    end = tl.load(parts[1] + end_n)
-    for start in range(tl.load(parts[1] + first_n), end, block):
+    used = tl.max(mask.to(tl.int32), axis=0)
+    end = tl.load(parts[1] + tl.minimum(tl.max(offs_n, axis=0) + 1, out_features))
+    for start in range(tl.load(parts[1] + tl.min(offs_n, axis=0)), end * used, block):
         at = start + tl.arange(0, block)
         there = at < end
         column = tl.load(parts[2] + at, mask=there, other=0).to(tl.int64)
@@ -228,4 +244,31 @@ def side_dot(x_rows, x_stride_k, m_mask, parts, offs_n, first_n, end_n, acc):
         x = tl.load(x_rows + column[None, :] * x_stride_k, mask=m_mask & there[None, :], other=0.0).to(tl.float32)
         d = tl.where(row[:, None] == offs_n[None, :], value[:, None], 0.0)
         acc = tl.dot(x, d, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def expand(x_ptr, parts, sizes, offs_m, tokens, n, mask, acc, RANK_PARTS: tl.constexpr):
+    """`acc + t B^T` of a low-rank delta: parts are t = x A^T, float32 [RANK_PARTS, tokens, rank] to be added up, and B.
+
+    t keeps its float32: beside 16-bit activations it meets B as the sum of two bfloat16.
+    """
+    block: tl.constexpr = 32
+    rank = sizes[2]
+    m, m_mask = offs_m.to(tl.int64)[:, None], (offs_m < tokens)[:, None]
+    for start in range(0, rank, block):
+        r = start + tl.arange(0, block)
+        r_mask = r < rank
+        t = tl.zeros((offs_m.shape[0], block), tl.float32)
+        for s in tl.static_range(RANK_PARTS):
+            at = parts[0] + (s * tokens.to(tl.int64) + m) * rank + r[None, :]
+            t += tl.load(at, mask=m_mask & r_mask[None, :], other=0.0)
+        at = parts[1] + n[None, :] * sizes[3] + r[:, None]
+        b = tl.load(at, mask=r_mask[:, None] & mask[None, :], other=0.0)
+        if x_ptr.dtype.element_ty != tl.float32 and b.dtype == tl.bfloat16:
+            high = t.to(tl.bfloat16)
+            low = (t - high.to(tl.float32)).to(tl.bfloat16)
+            acc = tl.dot(low, b, tl.dot(high, b, acc))
+        else:
+            acc = tl.dot(t, b.to(tl.float32), acc, input_precision="ieee")
     return acc
