@@ -15,6 +15,7 @@ from alignvec.errors import AlignvecError
 from alignvec.kernels import configs, tiles, tiling
 from alignvec.kernels.combine import combine_kernel
 from alignvec.kernels.configs import Config
+from alignvec.kernels.materialise import materialise
 from alignvec.kernels.operands import Operand
 from alignvec.kernels.shrink import shrink_kernel
 from alignvec.kernels.split import split_kernel, sum_kernel
@@ -167,7 +168,6 @@ def _combine(
 
 def _materialise(y: Tensor, x: Tensor, p: Projection, table: Tensor, rows: Tensor, exact: bool) -> None:
     """The mix of table row 0, or a high and a low half of it, in scratch, and the vendor's products with it."""
-    from alignvec.kernels.materialise import materialise
 
     high = torch.empty_like(p.weight)
     low = torch.empty_like(p.weight) if exact and p.weight.dtype != torch.float32 else None

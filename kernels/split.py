@@ -183,7 +183,7 @@ def _tile(
             table_ptr, table_stride, row, tl.load(columns_ptr + sizes[i][4]), tokens, rows_ptr, token_rows_ptr
         )
         acc += c[:, None] * edit
-    if slot(BIASES, 1, 0):
+    if slot(BIASES, 1, 0) and BASE:
         acc += tl.load(bias_ptr + n * numbers[5], mask=n_mask & once, other=0.0).to(tl.float32)[None, :]
     y = y_ptr + ((first_part + pid_s) * tokens.to(tl.int64) + offs_m[:, None]) * y_stride + (numbers[1] + n)[None, :]
     tl.store(y, acc.to(y_ptr.dtype.element_ty), mask=m_mask & n_mask[None, :])
