@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from alignvec import ops
 from alignvec.coefficients import Coefficients
 from alignvec.errors import AlignvecError
+from alignvec.materialised import Buffers, Edited, Materialised
 from alignvec.modules import Aligned
 
 Mix = Mapping[str, float]
@@ -41,16 +42,20 @@ class Alignment:
     in a cache stay as they were written.
     """
 
-    def __init__(self, model: nn.Module, coefficients: Coefficients, swaps: Sequence[Swap]) -> None:
+    def __init__(
+        self, model: nn.Module, coefficients: Coefficients, swaps: Sequence[Swap], backend: str = "auto"
+    ) -> None:
         self.model = model
+        self._backend = backend
         self._coefficients = coefficients
         self._swaps = list(swaps)
-        self._saved: list[tuple[nn.Module, str, Tensor]] | None = None
+        self._materialised: Materialised | None = None
+        self._buffers: Buffers = {}
         self._attached = False
         self._attach()
 
     def __repr__(self) -> str:
-        state = "materialised" if self._saved is not None else "attached" if self._attached else "detached"
+        state = "materialised" if self._materialised is not None else "attached" if self._attached else "detached"
         return f"Alignment({type(self.model).__name__}, {self.coefficients}, {state})"
 
     @property
@@ -109,52 +114,66 @@ class Alignment:
         """
         if not self._attached:
             raise AlignvecError("this alignment is already detached; attach the vectors again to use it")
-        if self._saved is not None:
+        if self._materialised is not None:
             self.restore()
         for swap in self._swaps:
             swap.put(swap.original)
         self._swaps.clear()  # frees the deltas
+        self._buffers.clear()
         self._hook.remove()
         del self.model.alignment
         self._attached = False
 
-    def materialise(self) -> dict[str, float]:
-        """Write the current mix into the live weights, so that the model runs at the speed of a plain one.
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the attached operands take on their devices."""
+        storages = [part.untyped_storage() for *_, deltas in self._edited() for part in deltas.parts]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
-        Weights are rounded to the model's dtype, as in any merge; the result says what that did to the coefficients.
-        The original weights are kept in host memory until `restore`.
+    def materialise(
+        self, mix: Mix | None = None, /, *, keep: str = "device", **coefficients: float
+    ) -> dict[str, float]:
+        """Write a mix into the live weights, so that the model runs at the speed of a plain one.
+
+        One pass reads the base and the vectors and writes a second buffer, which takes the base's place: the base is
+        not touched. Weights are rounded to the model's dtype, as in any merge; the result says what that did to the
+        coefficients. A mix that is materialised already is replaced by the new one, in the same buffers. They stay,
+        for the next mix, until `detach`.
+
+        Args:
+            mix, coefficients: as for `set`; without either, the mix that is set.
+            keep: where the base waits. "device": beside the mix. "host": in host memory, which leaves the device as
+                full as it was.
 
         Returns:
-            The realised coefficient of each vector: the projection of the rounded edit on it.
+            The realised coefficient of each vector: the projection of the rounded edit on it, over a sample of the
+            weights of large models.
 
         Raises:
-            AlignvecError: rows have different mixes, weights are offloaded, or a mix is already materialised.
+            AlignvecError: as `set`; rows have different mixes, weights are offloaded, or `keep` is neither of the two.
         """
-        from alignvec.rounding import RealisedCoefficients, mix_
-
-        self._check_live()
-        if self._coefficients.rows > 1:
+        self._check_attached()
+        if keep not in ("device", "host"):
+            raise AlignvecError(f"keep={keep!r} is not one of device, host")
+        wanted = self._coefficients.mix({**(mix or {}), **coefficients}) if mix or coefficients else None
+        if wanted is None and self._coefficients.rows > 1:
             raise AlignvecError("materialise needs one mix for all rows; call set() with it first")
         edited = list(self._edited())
         for module, name, _, _ in edited:
             if module._parameters[name].device.type == "meta":  # type: ignore[union-attr]
                 raise AlignvecError(f"{type(module).__name__}.{name} is offloaded; materialise needs it in memory")
-        (mix,) = self._coefficients.mixes
-        realised = RealisedCoefficients(len(self.names))
-        self._saved = []
+        if wanted is not None:
+            self._coefficients.write([wanted])
+        if self._materialised is None:
+            self._materialised = Materialised(self._backend, keep, self._buffers)
+            for swap in self._swaps:
+                swap.put(swap.original)
         try:
-            for module, name, stack, columns in edited:
-                weight = module._parameters[name].data  # type: ignore[union-attr]
-                base = weight.clone()
-                self._saved.append((module, name, base.cpu()))
-                mix_(weight, base, list(stack), [mix[column] for column in columns])
-                realised.update(base, weight, dict(zip(columns, stack, strict=True)))
+            realised = self._materialised.write(edited, self._coefficients.mixes[0])
         except BaseException:
             self.restore()
             raise
-        for swap in self._swaps:
-            swap.put(swap.original)
-        return dict(zip(self.names, realised.solve(mix), strict=True))
+        return dict(zip(self.names, realised, strict=True))
 
     def restore(self) -> None:
         """Undo `materialise`: the weights come back bit for bit and the vectors apply on the fly again.
@@ -162,23 +181,23 @@ class Alignment:
         Raises:
             AlignvecError: nothing is materialised.
         """
-        if self._saved is None:
+        if self._materialised is None:
             raise AlignvecError("nothing is materialised; restore() undoes materialise()")
-        for module, name, base in self._saved:
-            module._parameters[name].data.copy_(base)  # type: ignore[union-attr]
-        self._saved = None
+        self._materialised.undo()
+        self._materialised = None
         for swap in self._swaps:
             swap.put(swap.aligned)
 
-    def _edited(self) -> Iterator[tuple[nn.Module, str, Tensor, list[int]]]:
-        """Every edited parameter once: its module, its name there, deltas [k, *shape], their columns."""
+    def _edited(self) -> Iterator[Edited]:
+        """Every edited parameter once: its module, its name there, deltas, and their columns."""
         seen = set()
         for swap in self._swaps:
-            for name, stack in swap.aligned.edit.stacks.items():
+            edit = swap.aligned.edit
+            for name, deltas in edit.deltas.items():
                 key = id(swap.original._parameters[name])
                 if key not in seen:
                     seen.add(key)
-                    yield swap.original, name, stack.tensor, swap.aligned.edit.columns.tolist()
+                    yield swap.original, name, deltas, edit.columns
 
     def _attach(self) -> None:
         for swap in self._swaps:
@@ -190,7 +209,7 @@ class Alignment:
         self._attached = True
 
     def _begin_step(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._saved is not None:
+        if self._materialised is not None:
             return
         inputs = kwargs.get("input_ids", args[0] if args else None)
         inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
@@ -208,8 +227,13 @@ class Alignment:
                 "call set_rows with one mix per sequence, or set() for one mix for all"
             )
 
-    def _check_live(self) -> None:
+    def _check_attached(self) -> None:
         if not self._attached:
             raise AlignvecError("this alignment is detached; attach the vectors again to use it")
-        if self._saved is not None:
-            raise AlignvecError("a mix is materialised in the weights; call restore() before dialling another one")
+
+    def _check_live(self) -> None:
+        self._check_attached()
+        if self._materialised is not None:
+            raise AlignvecError(
+                "a mix is materialised in the weights; call restore() before dialling another one, or materialise() it"
+            )

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from alignvec import planner
+from alignvec import planner, prepack
 from alignvec.alignment import Alignment, Swap
 from alignvec.coefficients import Coefficients
 from alignvec.errors import AlignvecError
-from alignvec.modules import Edit, Stack, view
-from alignvec.names import Delta, live_deltas, parameter_names
+from alignvec.kernels.operands import Operand, dense
+from alignvec.modules import Deltas, Edit, view
+from alignvec.names import Delta, live_deltas, parameter_names, parameter_value
 from alignvec.vector import AlignmentVector
 from alignvec.verify import verify_base
 
@@ -69,13 +70,15 @@ def attach(
     if not transfer:
         verify_base(model, loaded)
     names = parameter_names(model)
-    deltas = [live_deltas(model, names, name, vector) for name, vector in loaded.items()]
-    walk = _Walk(model, names, deltas, max_rows, tuple(loaded), (execution, precision, backend))
-    return Alignment(model, walk.coefficients, walk.swaps())
+    deltas = [live_deltas(model, names, name, vector, transfer) for name, vector in loaded.items()]
+    # Normal tensors even when the caller is in inference mode: later steps may need gradients.
+    with torch.inference_mode(False), torch.no_grad():
+        walk = _Walk(model, names, deltas, max_rows, tuple(loaded), (execution, precision, backend))
+        return Alignment(model, walk.coefficients, walk.swaps(), backend)
 
 
 class _Walk:
-    """The walk's state: which vectors edit which parameter, and the stacks made so far."""
+    """The walk's state: which vectors edit which parameter, and the operands made so far."""
 
     def __init__(
         self,
@@ -90,7 +93,7 @@ class _Walk:
         device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
         planner.resolve_backend(device.type, choices[2])
         self.coefficients = Coefficients(vectors, max_rows, device)
-        self._stacks: dict[tuple[str, tuple[int, ...]], Stack] = {}
+        self._made: dict[tuple[str, tuple[int, ...], bool], Deltas] = {}
 
     def swaps(self) -> list[Swap]:
         """One swap for each module that owns an edited parameter; the model itself is not touched."""
@@ -115,21 +118,46 @@ class _Walk:
             return None
         columns = tuple(i for i, deltas in enumerate(self.deltas) if any(full in deltas for full in edited.values()))
         device = execution_device(module)
-        stacks = {name: self._stack(full, module._parameters[name], columns, device) for name, full in edited.items()}
-        return Edit(self.coefficients, columns, stacks, self.choices, device)
+        made = {name: self._deltas(module, name, full, columns, device) for name, full in edited.items()}
+        return Edit(self.coefficients, columns, made, self.choices, device)
 
-    def _stack(self, full: str, parameter: Any, columns: tuple[int, ...], device: torch.device) -> Stack:
-        key = (full, columns)
-        if key not in self._stacks:
-            present = {i: self.deltas[c][full]() for i, c in enumerate(columns) if full in self.deltas[c]}
-            dtypes = {delta.dtype for delta in present.values()}
-            # Different formats meet in one that holds both; bf16 and fp16 hold each other only in fp32.
-            dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-            tensor = torch.zeros(len(columns), *parameter.shape, dtype=dtype, device=device)
-            for i, delta in present.items():
-                tensor[i].copy_(delta)
-            self._stacks[key] = Stack(tensor)
-        return self._stacks[key]
+    def _deltas(
+        self, module: nn.Module, name: str, full: str, columns: tuple[int, ...], device: torch.device
+    ) -> Deltas:
+        """The deltas of one parameter, made once for all modules that share it."""
+        parameter = module._parameters[name]
+        assert parameter is not None
+        transposed = isinstance(module, Conv1D) and name == "weight"
+        key = (full, columns, transposed)
+        if key not in self._made:
+            read = {i: self.deltas[c][full] for i, c in enumerate(columns) if full in self.deltas[c]}
+            value = parameter_value(self.model, full, parameter)
+            if parameter.dim() < 2:
+                self._made[key] = _stacked(read, value, len(columns), device)
+            else:
+                absent = _zero(prepack.matrix_shape(value, transposed), value.dtype, device)
+                operands = [
+                    prepack.operand(read[i](), value, device, transposed=transposed) if i in read else absent
+                    for i in range(len(columns))
+                ]
+                self._made[key] = Deltas(operands, transposed=transposed)
+        return self._made[key]
+
+
+def _stacked(read: Mapping[int, Delta], value: torch.Tensor, k: int, device: torch.device) -> Deltas:
+    """Of a parameter of one dimension, or none: one tensor [k, features], in a dtype that holds every vector's."""
+    present = {i: delta() for i, delta in read.items()}
+    values = {i: prepack.dense(encoded, value, device).reshape(-1) for i, encoded in present.items()}
+    dtypes = {delta.dtype for delta in values.values()}
+    stack = torch.zeros(k, value.numel(), dtype=dtypes.pop() if len(dtypes) == 1 else torch.float32, device=device)
+    for i, delta in values.items():
+        stack[i].copy_(delta)
+    return Deltas([], stack=stack)
+
+
+def _zero(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Operand:
+    """The operand of a vector that leaves a parameter as it is: one value in memory."""
+    return dense(torch.zeros(1, 1, dtype=dtype, device=device).expand(shape))
 
 
 def execution_device(module: nn.Module) -> torch.device:

@@ -19,37 +19,79 @@ from transformers.pytorch_utils import Conv1D
 from alignvec import ops
 from alignvec.coefficients import Coefficients
 from alignvec.errors import AlignvecError
+from alignvec.kernels.operands import Operand, decode, dense
 
 
-class Stack:
-    """The deltas of one parameter, [k, *shape]. Modules that share a parameter share its stack, also when it moves."""
+class Deltas:
+    """The k vectors' deltas of one parameter, as operands of its matrix. Modules that share a parameter share them.
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+    parts, specs: the operands as operators take them. stack: of a parameter of one dimension [k, features], and the
+    operands are its rows. transposed: the operands are those of the transposed parameter, as Conv1D multiplies.
+    """
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Stack:
+    stack: Tensor | None
+
+    def __init__(self, operands: Sequence[Operand], *, stack: Tensor | None = None, transposed: bool = False) -> None:
+        self.transposed = transposed
+        self._take(operands, stack)
+
+    def _take(self, operands: Sequence[Operand], stack: Tensor | None) -> None:
+        self.stack = stack
+        self.operands = list(operands) if stack is None else [dense(row[None]) for row in stack]
+        self.specs = [operand.spec for operand in self.operands]
+        self.parts = [part for operand in self.operands for part in operand.parts]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Deltas:
         # Vectors are immutable: copies of a model share them until one of the copies moves.
-        return Stack(self.tensor)
+        twin = Deltas(self.operands, stack=self.stack, transposed=self.transposed)
+        memo[id(self)] = twin
+        return twin
+
+    def matrix(self, parameter: Tensor) -> Tensor:
+        """The parameter as the matrix that the operands belong to."""
+        return (
+            parameter.t() if self.transposed else parameter.reshape(-1, parameter.shape[-1] if parameter.dim() else 1)
+        )
+
+    def to(self, device: torch.device) -> None:
+        if self.stack is not None:
+            self._take((), self.stack.to(device))
+        else:
+            self._take([_moved(operand, device) for operand in self.operands], None)
+
+    def follow(self, before: Tensor, after: Tensor) -> None:
+        """Lossless deltas are steps on a weight's bits: where its dtype changed, they become dense."""
+        if before.dtype != after.dtype and any(operand.kind == "lossless" for operand in self.operands):
+            matrix = self.matrix(before)
+            kept = [dense(decode(o, matrix).to(after.device)) if o.kind == "lossless" else o for o in self.operands]
+            self._take(kept, None)
+
+
+def _moved(operand: Operand, device: torch.device) -> Operand:
+    if operand.kind == "dense" and operand.parts[0].stride() == (0, 0):  # one zero in memory: a copy would be a matrix
+        return dense(operand.parts[0][:1, :1].to(device).expand(operand.shape))
+    return operand.to(device)
 
 
 class Edit:
     """What one module needs to apply its vectors: the deltas of its parameters and where their coefficients are.
 
     columns: column of each present vector in the coefficient table, int32 [k].
-    stacks: parameter name -> deltas [k, *shape], in the order of `columns`.
+    deltas: parameter name -> the vectors' deltas of it, in the order of `columns`.
+    choices: execution, precision and backend of its operators.
     """
 
     def __init__(
         self,
         coefficients: Coefficients,
         columns: Sequence[int],
-        stacks: dict[str, Stack],
+        deltas: dict[str, Deltas],
         choices: tuple[str, str, str],
         device: torch.device,
     ) -> None:
         self.coefficients = coefficients
         self.columns = torch.tensor(columns, dtype=torch.int32)
-        self.stacks = stacks
+        self.deltas = deltas
         self.choices = choices
         self.move(device)
 
@@ -59,21 +101,40 @@ class Edit:
         self.columns = self.columns.to(device)
         live = self.coefficients.live(device)
         self.table, self.rows = live.table, live.rows
-        for stack in self.stacks.values():
-            stack.tensor = stack.tensor.to(device)
+        for deltas in self.deltas.values():
+            deltas.to(device)
 
-    def delta(self, name: str) -> Tensor | None:
-        stack = self.stacks.get(name)
-        return None if stack is None else stack.tensor
+    @property
+    def backend(self) -> str:
+        return self.choices[2]
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, deltas: Tensor | None) -> Tensor:
+    def stack(self, name: str) -> Tensor | None:
+        """Deltas of a parameter of one dimension, [k, features]; None where no vector edits it."""
+        deltas = self.deltas.get(name)
+        return None if deltas is None else deltas.stack
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """weight: [out_features, in_features]."""
         if self.device != x.device:
             self.move(x.device)
+        choices = self.choices
+        if choices[0] == "materialise" and (torch.compiler.is_compiling() or self.coefficients.live_rows > 1):
+            choices = ("combine", *choices[1:])  # one mix for all rows is what the other cannot do without
+        deltas = self.deltas.get("weight")
         if deltas is None:  # only the bias is edited
-            deltas = weight.new_zeros(1, 1, 1).expand(len(self.columns), *weight.shape)
-        bias_deltas = self.delta("bias")
+            deltas = Deltas([dense(weight.new_zeros(1, 1).expand(weight.shape))] * len(self.columns))
         return ops.linear(
-            x, weight, bias, deltas, bias_deltas, self.columns, self.table, self.rows, None, *self.choices
+            x,
+            weight,
+            bias,
+            deltas.specs,
+            deltas.parts,
+            self.stack("bias"),
+            self.columns,
+            self.table,
+            self.rows,
+            None,
+            *choices,
         )
 
     def embedding(self, ids: Tensor, weight: Tensor) -> Tensor:
@@ -87,17 +148,31 @@ class Edit:
                 f"an embedding with vectors got indices {list(ids.shape)} in a batch of {batch}; it needs one row of "
                 "indices per sequence, or one for all"
             )
-        return ops.embedding(ids, weight, self.stacks["weight"].tensor, self.columns, self.table, self.rows)
+        deltas = self.deltas["weight"]
+        return ops.embedding(ids, weight, deltas.specs, deltas.parts, self.columns, self.table, self.rows, self.backend)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+        if self.device != x.device:
+            self.move(x.device)
+        return ops.rms_norm(
+            x, weight, self.stack("weight"), self.columns, self.table, self.rows, eps, offset, self.backend
+        )
+
+    def layer_norm(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        if self.device != x.device:
+            self.move(x.device)
+        stacks = (self.stack("weight"), self.stack("bias"))
+        return ops.layer_norm(x, weight, bias, *stacks, self.columns, self.table, self.rows, eps, self.backend)
 
     def mixed(self, module: nn.Module, batch: int) -> dict[str, Tensor]:
         """Each edited parameter of `module` as float32 [batch, *shape], one mix for each of `batch` equal parts."""
         mixed = {}
-        for name, stack in self.stacks.items():
+        for name, deltas in self.deltas.items():
             parameter = module._parameters[name]
             assert parameter is not None
             if self.device != parameter.device:
                 self.move(parameter.device)
-            mixed[name] = ops.mix(parameter, stack.tensor, self.columns, self.table, self.rows, batch)
+            mixed[name] = ops.mix(parameter, deltas.specs, deltas.parts, self.columns, self.table, self.rows, batch)
         return mixed
 
 
@@ -108,7 +183,10 @@ class Aligned(nn.Module):
     original: Any  # the class of the module that this one is a view of
 
     def _apply(self, fn: Any, recurse: bool = True) -> Aligned:
+        before = {name: p.detach() for name, p in self._parameters.items() if p is not None}
         super()._apply(fn, recurse)
+        for name, deltas in self.edit.deltas.items():
+            deltas.follow(before[name], self._parameters[name])  # type: ignore[arg-type]
         device = next(p.device for p in self._parameters.values() if p is not None)
         if device != self.edit.device and device.type != "meta":
             self.edit.move(device)
@@ -119,15 +197,14 @@ class AlignedLinear(Aligned, nn.Linear):
     """`nn.Linear` plus weighted deltas: x [..., in_features] -> [..., out_features]."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.edit.linear(input, self.weight, self.bias, self.edit.delta("weight"))
+        return self.edit.linear(input, self.weight, self.bias)
 
 
 class AlignedConv1D(Aligned, Conv1D):
     """GPT-2's `Conv1D`, a linear layer that stores its weight as [in_features, out_features]."""
 
     def forward(self, x: Tensor) -> Tensor:
-        deltas = self.edit.delta("weight")
-        return self.edit.linear(x, self.weight.t(), self.bias, None if deltas is None else deltas.transpose(1, 2))
+        return self.edit.linear(x, self.weight.t(), self.bias)
 
 
 class AlignedEmbedding(Aligned, nn.Embedding):
@@ -138,24 +215,29 @@ class AlignedEmbedding(Aligned, nn.Embedding):
 
 
 class AlignedLayerNorm(Aligned, nn.LayerNorm):
-    """`nn.LayerNorm` whose weight and bias differ for every row; normalised and scaled in float32."""
+    """`nn.LayerNorm` whose weight and bias differ for every row."""
 
     def forward(self, input: Tensor) -> Tensor:
-        mixed = _broadcast(self.edit.mixed(self, input.shape[0]), input)
-        y = F.layer_norm(input.float(), self.normalized_shape, None, None, self.eps)
-        weight, bias = mixed.get("weight", self.weight), mixed.get("bias", self.bias)
-        y = y if weight is None else y * weight
-        y = y if bias is None else y + bias
-        return y.to(input.dtype)
+        return self.edit.layer_norm(input, self.weight, self.bias, self.eps)
 
 
 class AlignedRMSNorm(Aligned, nn.RMSNorm):
-    """`nn.RMSNorm` whose weight differs for every row; normalised and scaled in float32."""
+    """`nn.RMSNorm` whose weight differs for every row."""
 
     def forward(self, x: Tensor) -> Tensor:
-        (weight,) = _broadcast(self.edit.mixed(self, x.shape[0]), x).values()
+        assert self.weight is not None
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
-        return (F.rms_norm(x.float(), self.normalized_shape, None, eps) * weight).to(x.dtype)
+        return self.edit.rms_norm(x, self.weight, eps, 0.0)
+
+
+class AlignedRootMeanSquare(Aligned):
+    """A class of its own that computes `x / rms(x) (offset + weight)`, as most models' norms do."""
+
+    weight: Tensor
+    form: tuple[float, float]  # eps and offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.edit.rms_norm(x, self.weight, *self.form)
 
 
 class AlignedNorm(Aligned):
@@ -248,10 +330,19 @@ _OWN_FORWARD: tuple[tuple[type[nn.Module], type[Aligned]], ...] = (
 def view(module: nn.Module, edit: Edit) -> Aligned:
     """A swapped-in view of `module` that applies `edit`; `module` itself is left as it is."""
     original: Any = type(module)
-    cls = _aligned_class(original, all(stack.tensor.dim() == 2 for stack in edit.stacks.values()))
+    vectors_only = all(deltas.stack is not None for deltas in edit.deltas.values())
+    kind: type[Aligned] = AlignedModule
+    form = None
+    if original.__name__.endswith("Norm") and vectors_only:
+        form = root_mean_square(module)
+        kind = AlignedNorm if form is None else AlignedRootMeanSquare
+    cls = _aligned_class(original, kind, vectors_only)
     aligned = cls.__new__(cls)
     aligned.__dict__.update(module.__dict__)
     aligned.edit = edit
+    if isinstance(aligned, AlignedRootMeanSquare):
+        assert form is not None
+        aligned.form = form
     hook = aligned.__dict__.get("_hf_hook")
     if hook is not None:
         _carry_hook(aligned, hook)
@@ -259,18 +350,41 @@ def view(module: nn.Module, edit: Edit) -> Aligned:
 
 
 @functools.cache
-def _aligned_class(cls: Any, vectors_only: bool) -> type[Aligned]:
+def _aligned_class(cls: Any, kind: type[Aligned], vectors_only: bool) -> type[Aligned]:
     """The class for a view of `cls`; it stays a subclass of `cls`, so isinstance checks go on as before.
 
-    vectors_only: every edited parameter is one-dimensional.
+    kind: for classes that are not one of those with a forward of our own. vectors_only: every edited parameter is
+    one-dimensional, which norms' forwards are for.
     """
     for base, aligned in _OWN_FORWARD:
+        if base in (nn.LayerNorm, nn.RMSNorm) and not vectors_only:
+            continue
         if issubclass(cls, base) and (cls.forward is base.forward or _calls_super(cls.forward)):
             # A subclass that extends forward by super() finds ours where it found the base's.
             bases = (aligned,) if cls is base else (cls, aligned)
             return type(f"Aligned{cls.__name__}", bases, {"original": cls})
-    kind = AlignedNorm if cls.__name__.endswith("Norm") and vectors_only else AlignedModule
     return type(f"Aligned{cls.__name__}", (kind, cls), {"original": cls})
+
+
+def root_mean_square(module: Any) -> tuple[float, float] | None:
+    """eps and offset where `module` computes `x / rms(x) (offset + weight)`, else None: found by trying it.
+
+    Models have classes of their own for this norm, alike but for their names and the offset of 1 that some add.
+    """
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    parameters = [name for name, p in module._parameters.items() if p is not None]
+    if not isinstance(eps, float) or parameters != ["weight"] or module.weight.dim() != 1:
+        return None
+    size = module.weight.shape[0]
+    weight = torch.linspace(0.5, 1.5, size, device="cpu")
+    x = torch.linspace(-2.0, 3.0, size, device="cpu") * torch.tensor([[1.0], [eps**0.5]], device="cpu")
+    try:
+        with torch.no_grad():
+            got = type(module).forward(_Substituted(module, {"weight": weight}), x)
+    except Exception:  # whatever it is, it is no such norm: it runs by its own forward
+        return None
+    unit = F.rms_norm(x, (size,), None, eps)
+    return next((((eps, o)) for o in (0.0, 1.0) if torch.allclose(got, unit * (o + weight), 1e-5, 1e-6)), None)
 
 
 def _calls_super(forward: Any) -> bool:

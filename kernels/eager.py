@@ -3,17 +3,21 @@
 Where the coefficients lie in host memory they are read: vectors at zero then cost nothing, and neighbouring tokens
 with one mix share its formation. Elsewhere nothing is read back, and every token carries its coefficients.
 Weights of 16 bits are raised to float32 a block of output rows at a time, small enough to stay in cache: products are
-exact, sums are float32, the result is rounded once, and no float32 copy of a large weight is ever made.
+exact, sums are float32, the result is rounded once, and no float32 copy of a large weight is ever made. Operands that
+are not dense are decoded block by block alike; low-rank ones are two small products, never a matrix.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from alignvec.kernels.operands import Operand, decode
 from alignvec.kernels.reference import token_coefficients
 
 # Weights in a block: 1 MiB as float32, a second-level cache. Much smaller blocks would starve a GEMM's threads.
@@ -27,13 +31,15 @@ COMBINE_TOKENS = {2: 4, 4: 8, 8: 8}
 # One mix as (vector, coefficient) pairs without the zeros, and a span of tokens [first, last) that share it.
 Mix = list[tuple[int, float]]
 Run = tuple[int, int, Mix]
+# The same where coefficients stay on the device, [tokens, 1] for each vector.
+DeviceMix = list[tuple[int, Tensor]]
 
 
 def linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    deltas: Tensor,
+    operands: Sequence[Operand],
     bias_deltas: Tensor | None,
     columns: Tensor,
     table: Tensor,
@@ -45,8 +51,8 @@ def linear(
 ) -> Tensor:
     """`y[m] = x[m] W^T + b + sum_i c[m, i] (x[m] D_i^T + b_i)`, rounded once, to x's dtype.
 
-    x [tokens, in], weight [out, in], bias [out], deltas [k, out, in], bias_deltas [k, out] -> [tokens, out]; the other
-    arguments and the row rule are those of `reference.token_coefficients`.
+    x [tokens, in], weight [out, in], bias [out], k operands of [out, in], bias_deltas [k, out] -> [tokens, out]; the
+    other arguments and the row rule are those of `reference.token_coefficients`.
 
     `execution="split"` adds weighted products, "combine" forms one mix for each run of tokens, "auto" takes the
     cheaper. `precision="merged"` rounds the mix to the weight's dtype, as a stored merge would, where all tokens share
@@ -56,37 +62,49 @@ def linear(
     if runs:
         merged = precision == "merged" and len(runs) == 1
         if execution == "auto":
-            break_even = COMBINE_TOKENS[weight.element_size()] * len(runs)
-            execution = "combine" if merged or x.shape[0] >= break_even else "split"
+            execution = "combine" if merged or _combining_pays(x, weight, runs) else "split"
         if execution == "combine":
-            return _combine(x, weight, bias, deltas, bias_deltas, runs, merged)
+            return _combine(x, weight, bias, operands, bias_deltas, runs, merged)
         if len(runs) == 1:
-            return _split(x, weight, bias, deltas, bias_deltas, runs[0][2])
-    c = token_coefficients(table, rows, columns, x.shape[0], token_rows)
+            return _split(x, weight, bias, operands, bias_deltas, runs[0][2])
+    return _split(
+        x, weight, bias, operands, bias_deltas, _device_mix(x.shape[0], runs, columns, table, rows, token_rows)
+    )
+
+
+def _combining_pays(x: Tensor, weight: Tensor, runs: list[Run]) -> bool:
+    return x.shape[0] >= COMBINE_TOKENS[weight.element_size()] * len(runs)
+
+
+def _device_mix(
+    tokens: int, runs: list[Run] | None, columns: Tensor, table: Tensor, rows: Tensor, token_rows: Tensor | None
+) -> DeviceMix:
+    c = token_coefficients(table, rows, columns, tokens, token_rows)
     used = {i for *_, mix in runs for i, _ in mix} if runs else range(len(columns))
-    return _split(x, weight, bias, deltas, bias_deltas, [(i, c[:, i, None]) for i in used])
+    return [(i, c[:, i, None]) for i in used]
 
 
 def _split(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    deltas: Tensor,
+    operands: Sequence[Operand],
     bias_deltas: Tensor | None,
-    mix: Mix | list[tuple[int, Tensor]],
+    mix: Mix | DeviceMix,
 ) -> Tensor:
     """A product for the base and one for each vector; coefficients are floats, or [tokens, 1] one for each token."""
     compute = torch.promote_types(x.dtype, torch.float32)
     wide = x.to(compute)
+    narrow = _narrow(wide, operands, mix)
     y: Tensor | None = None
     for block in _blocks(weight):
         part = F.linear(wide, _widen(weight, block, compute), None if bias is None else _widen(bias, block, compute))
         for i, c in mix:
-            delta = _widen(deltas[i], block, compute).t()
+            left, delta = narrow.get(i, wide), _factor(operands[i], weight, block, compute).t()
             if isinstance(c, float):
-                part.addmm_(wide, delta, alpha=c)
+                part.addmm_(left, delta, alpha=c)
             else:  # scaling x [tokens, in] costs one float32 rounding; the weights stay as they are
-                part.addmm_(wide * c, delta)
+                part.addmm_(left * c, delta)
             if bias_deltas is not None:
                 part += _widen(bias_deltas[i], block, compute) * c
         y = _store(y, part, x, weight, slice(None), block)
@@ -98,24 +116,31 @@ def _combine(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    deltas: Tensor,
+    operands: Sequence[Operand],
     bias_deltas: Tensor | None,
     runs: list[Run],
     merged: bool,
 ) -> Tensor:
-    """One product for each run of tokens, with a mix formed in float32 block by block."""
+    """One product for each run of tokens, with a mix formed in float32 block by block.
+
+    Low-rank vectors stay out of the mix unless it is rounded: their own two products are cheaper.
+    """
     compute = torch.promote_types(x.dtype, torch.float32)
     wide = x.to(compute)
+    used = {i: 1.0 for *_, mix in runs for i, _ in mix}
+    narrow = {} if merged else _narrow(wide, operands, list(used.items()))
     y: Tensor | None = None
     for block in _blocks(weight):
         base = _widen(weight, block, compute)
         base_bias = None if bias is None else _widen(bias, block, compute)
         if base_bias is None and bias_deltas is not None:
             base_bias = x.new_zeros((), dtype=compute)
+        deltas = {i: _delta(operands[i], weight, block) for i in used if i not in narrow}
         for start, stop, mix in runs:
             mixed, mixed_bias = base, base_bias
             for i, c in mix:
-                mixed = torch.add(mixed, deltas[i] if block is None else deltas[i, block], alpha=c)
+                if i in deltas:
+                    mixed = torch.add(mixed, deltas[i], alpha=c)
                 if bias_deltas is not None and mixed_bias is not None:
                     mixed_bias = torch.add(mixed_bias, _widen(bias_deltas[i], block, compute), alpha=c)
             if merged:
@@ -124,9 +149,80 @@ def _combine(
             if mixed_bias is not None:
                 mixed_bias = mixed_bias.expand(mixed.shape[0])
             part = F.linear(wide[start:stop] if len(runs) > 1 else wide, mixed, mixed_bias)
+            for i, c in mix:
+                if i in narrow:
+                    part.addmm_(narrow[i][start:stop], _factor(operands[i], weight, block, compute).t(), alpha=c)
             y = _store(y, part, x, weight, slice(start, stop), block)
     assert y is not None  # there is always a block, and a run
     return y
+
+
+def linear_input_grad(
+    grad: Tensor,
+    weight: Tensor,
+    operands: Sequence[Operand],
+    columns: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    token_rows: Tensor | None = None,
+) -> Tensor:
+    """`dx[m] = g[m] W + sum_i c[m, i] g[m] D_i`, rounded once, to g's dtype: grad [tokens, out] -> [tokens, in]."""
+    compute = torch.promote_types(grad.dtype, torch.float32)
+    wide = grad.to(compute)
+    tokens = grad.shape[0]
+    runs = _runs(tokens, columns, table, rows, token_rows) if grad.is_cpu else None
+    total = wide.new_zeros(tokens, weight.shape[1])
+    if runs and _combining_pays(grad, weight, runs):
+        used = {i for *_, mix in runs for i, _ in mix}
+        for block in _blocks(weight):
+            base, part = _widen(weight, block, compute), _columns(wide, block)
+            deltas = {i: _delta(operands[i], weight, block) for i in used}
+            for start, stop, mix in runs:
+                mixed = base
+                for i, c in mix:
+                    mixed = torch.add(mixed, deltas[i], alpha=c)
+                total[start:stop].addmm_(part[start:stop], mixed)
+        return total.to(grad.dtype)
+    device_mix = _device_mix(tokens, runs, columns, table, rows, token_rows)
+    narrow = {
+        i: wide.new_zeros(tokens, operands[i].parts[0].shape[0]) for i, _ in device_mix if _is_low_rank(operands[i])
+    }
+    for block in _blocks(weight):
+        part = _columns(wide, block)
+        total.addmm_(part, _widen(weight, block, compute))
+        for i, c in device_mix:
+            narrow.get(i, total).addmm_(part * c, _factor(operands[i], weight, block, compute))
+    for i, left in narrow.items():
+        total.addmm_(left, operands[i].parts[0].to(compute))
+    return total.to(grad.dtype)
+
+
+def _is_low_rank(operand: Operand) -> bool:
+    return operand.kind == "low-rank"
+
+
+def _narrow(x: Tensor, operands: Sequence[Operand], mix: Mix | DeviceMix) -> dict[int, Tensor]:
+    """`x A^T` [tokens, rank] of the low-rank vectors in use: the first of their two products."""
+    return {i: x @ operands[i].parts[0].to(x.dtype).t() for i, _ in mix if _is_low_rank(operands[i])}
+
+
+def _factor(operand: Operand, weight: Tensor, block: slice | None, dtype: torch.dtype) -> Tensor:
+    """The output rows of a block, in `dtype`: of the delta [rows, in], or of a low-rank one's B [rows, rank]."""
+    if _is_low_rank(operand):
+        return _widen(operand.parts[1], block, dtype)
+    delta = _delta(operand, weight, block)
+    return delta if delta.dtype == dtype else delta.to(dtype)
+
+
+def _delta(operand: Operand, weight: Tensor, block: slice | None) -> Tensor:
+    """The delta at the output rows of a block [rows, in], float32 or, without a copy, as a dense one is."""
+    if operand.kind == "dense":
+        return operand.parts[0] if block is None else operand.parts[0][block]
+    return decode(operand, weight, slice(None) if block is None else block)
+
+
+def _columns(grad: Tensor, block: slice | None) -> Tensor:
+    return grad if block is None else grad[:, block]
 
 
 def _blocks(weight: Tensor) -> list[slice | None]:
@@ -179,7 +275,7 @@ def _runs(tokens: int, columns: Tensor, table: Tensor, rows: Tensor, token_rows:
 def embedding(
     ids: Tensor,
     weight: Tensor,
-    deltas: Tensor,
+    operands: Sequence[Operand],
     columns: Tensor,
     table: Tensor,
     rows: Tensor,
@@ -187,21 +283,131 @@ def embedding(
 ) -> Tensor:
     """`y[t] = E[ids[t]] + sum_i c[t, i] D_i[ids[t]]`, summed in float32, rounded once, to the weight's dtype.
 
-    ids [tokens], weight [vocabulary, dim], deltas [k, vocabulary, dim] -> [tokens, dim].
+    ids [tokens], weight [vocabulary, dim], k operands of the same -> [tokens, dim].
     """
     compute = torch.promote_types(weight.dtype, torch.float32)
     c = token_coefficients(table, rows, columns, ids.shape[0], token_rows)
-    y = F.embedding(ids, weight).to(compute)
-    for i in range(len(columns)):
-        y = torch.addcmul(y, c[:, i, None], F.embedding(ids, deltas[i]))
+    base = F.embedding(ids, weight)
+    y = base.to(compute)
+    for i, operand in enumerate(operands):
+        taken = take(operand, ids)
+        y = torch.addcmul(y, c[:, i, None], taken.parts[0] if taken.kind == "dense" else decode(taken, base))
     return y.to(weight.dtype)
 
 
-def mix(weight: Tensor, deltas: Tensor, columns: Tensor, table: Tensor, rows: Tensor, batch: int) -> Tensor:
-    """`w[b] = w + sum_i c[b, i] d_i` in float32, for norms and other small parameters.
+def take(operand: Operand, ids: Tensor) -> Operand:
+    """The operand whose output rows are rows `ids` [n] of this one."""
+    first, *others = operand.parts
+    if operand.kind == "low-rank":
+        parts = (first, others[0][ids])
+    elif operand.kind == "lossless":
+        start, entries, row = _entries(others[0], ids)
+        parts = (first[ids], start, others[1][entries], others[2][entries], row)
+    elif operand.kind == "sparse":
+        start, entries, _ = _entries(others[1], ids)
+        parts = (first[ids], others[0][ids], start, others[2][entries])
+    else:
+        parts = tuple(part[ids] for part in operand.parts)
+    return dataclasses.replace(operand, parts=parts, shape=(len(ids), operand.shape[1]))
 
-    weight [*shape], deltas [k, *shape] -> [batch, *shape].
+
+def _entries(start: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of lists that begin at `start` [rows + 1], those of rows `ids`: their new start, entries, and row of each."""
+    counts = (start[ids + 1] - start[ids]).long()
+    new = F.pad(counts.cumsum(0), (1, 0))
+    row = torch.repeat_interleave(counts)
+    entries = torch.arange(row.shape[0], device=ids.device) + (start[ids] - new[:-1])[row]
+    return new, entries, row
+
+
+def mix(
+    weight: Tensor, operands: Sequence[Operand], columns: Tensor, table: Tensor, rows: Tensor, batch: int
+) -> Tensor:
+    """`w[b] = w + sum_i c[b, i] D_i` in float32, for parameters that a module uses in ways of its own.
+
+    weight [*, in], operands of [prod(*), in] -> [batch, *, in].
     """
     c = token_coefficients(table, rows, columns, batch)
-    mixed = torch.addmm(weight.float().view(1, -1), c, deltas.float().flatten(1))
-    return mixed.view(batch, *weight.shape)
+    matrix = weight.reshape(-1, weight.shape[-1] if weight.dim() else 1)
+    mixed = matrix.float().expand(batch, *matrix.shape)
+    for i, operand in enumerate(operands):
+        mixed = torch.addcmul(mixed, c[:, i, None, None], _delta(operand, matrix, None))
+    return mixed.reshape(batch, *weight.shape)
+
+
+def materialise(
+    weight: Tensor,
+    operands: Sequence[Operand],
+    columns: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    *,
+    out: Tensor,
+    low: Tensor | None = None,
+) -> None:
+    """`out = round(W + sum_i c_i D_i)` with the coefficients of row 0 of the table, summed in float32.
+
+    weight [out, in], out and low alike, in storage of their own; low takes the rest, so that out + low is the mix.
+    """
+    mix: Mix | DeviceMix
+    if weight.is_cpu:
+        mix = [(i, c) for i, c in enumerate(table[0, columns].tolist()) if c != 0]
+    else:
+        mix = [(i, c) for i, c in enumerate(table[0, columns].unbind())]
+    compute = torch.promote_types(weight.dtype, torch.float32)
+    for block in _blocks(weight):
+        total = _widen(weight, block, compute)
+        for i, c in mix:
+            delta = _delta(operands[i], weight, block)
+            total = torch.add(total, delta, alpha=c) if isinstance(c, float) else torch.addcmul(total, c, delta)
+        part = slice(None) if block is None else block
+        out[part] = total
+        if low is not None:
+            low[part] = total - out[part].to(compute)
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    deltas: Tensor,
+    columns: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    token_rows: Tensor | None = None,
+    *,
+    eps: float,
+    offset: float = 0.0,
+) -> Tensor:
+    """`y[m] = x[m] / sqrt(mean(x[m]^2) + eps) (offset + w + sum_i c[m, i] d_i)`, float32 inside, rounded once.
+
+    x [tokens, features], weight [features], deltas [k, features] -> [tokens, features].
+    """
+    c = token_coefficients(table, rows, columns, x.shape[0], token_rows)
+    scale = torch.addmm(weight.float() + offset, c, deltas.float())
+    return (F.rms_norm(x.float(), x.shape[1:], None, eps) * scale).to(x.dtype)
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    deltas: Tensor | None,
+    bias_deltas: Tensor | None,
+    columns: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    token_rows: Tensor | None = None,
+    *,
+    eps: float,
+) -> Tensor:
+    """`y[m] = (x[m] - mean) / sqrt(var + eps) (w + sum_i c[m, i] d_i) + b + sum_i c[m, i] b_i`, rounded once.
+
+    x [tokens, features], weight and bias [features], their deltas [k, features] -> [tokens, features].
+    """
+    c = token_coefficients(table, rows, columns, x.shape[0], token_rows)
+    y = F.layer_norm(x.float(), x.shape[1:], None, None, eps)
+    if weight is not None:
+        y = y * (weight.float() if deltas is None else torch.addmm(weight.float(), c, deltas.float()))
+    if bias is not None:
+        y = y + (bias.float() if bias_deltas is None else torch.addmm(bias.float(), c, bias_deltas.float()))
+    return y.to(x.dtype)

@@ -131,8 +131,8 @@ def test_deepcopy_is_independent(alignment: alignvec.Alignment, model: nn.Module
     assert not torch.equal(logits(twin), live)
     assert torch.equal(logits(model), live)
     assert alignment.coefficients == {"a": 1.0, "b": 0.0}
-    delta = model.lm_head.edit.stacks["weight"].tensor
-    assert twin.lm_head.edit.stacks["weight"].tensor.data_ptr() == delta.data_ptr(), "copies share their vectors"
+    shared = zip(model.lm_head.edit.deltas["weight"].parts, twin.lm_head.edit.deltas["weight"].parts, strict=True)
+    assert all(one.data_ptr() == other.data_ptr() for one, other in shared), "copies share their vectors"
     twin.alignment.detach()
     assert torch.equal(logits(model), live)
 
@@ -146,7 +146,7 @@ def test_dtype_moves_convert_the_base_alone(
     model.to(dtype)
     head = model.lm_head
     assert head.weight.dtype == dtype
-    assert head.edit.stacks["weight"].tensor.dtype == head.edit.table.dtype == torch.float32
+    assert head.edit.deltas["weight"].parts[0].dtype == head.edit.table.dtype == torch.float32
     alignment.detach()
     truth = torch.stack(
         [merged(model, vectors, mix)(ids()).logits[row] for row, mix in enumerate([{"a": 0.5}, {"b": -0.5}])]

@@ -1,0 +1,32 @@
+"""What operators share: the function that runs one, in a family's Triton module or in plain torch, and gradients."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignvec import planner
+
+
+def kernel(device: torch.device, backend: str, family: str, name: str) -> Callable[..., Any]:
+    """`name` of the Triton kernels' module `family`, or of the plain torch ones, for tensors on `device`."""
+    return _load(planner.resolve_backend(device.type, backend), family, name)
+
+
+@functools.cache
+def _load(backend: str, family: str, name: str) -> Callable[..., Any]:
+    # On first use: importing alignvec does not import triton.
+    module = importlib.import_module(f"alignvec.kernels.{family if backend == 'triton' else 'eager'}")
+    function: Callable[..., Any] = getattr(module, name)
+    return function
+
+
+def no_gradients(inputs: tuple[Any, ...]) -> list[Any]:
+    """What a backward pass returns for inputs without a gradient: None, and of a list of tensors one for each."""
+    lists = (isinstance(value, list) and all(isinstance(item, Tensor) for item in value) for value in inputs)
+    return [[None] * len(value) if is_list else None for value, is_list in zip(inputs, lists, strict=True)]

@@ -1,0 +1,109 @@
+"""From a delta as files hold it to the operand that kernels read, on the weight's device.
+
+Packed once, when vectors are attached. Four things become dense, which kernels read anywhere:
+- lossless steps for a weight that has another dtype than the checkpoints of the vector: there are no bits to step on;
+- sparse deltas with more than 65535 inputs a row, whose offsets are 16 bits;
+- coded, lossless and sparse deltas of a transposed layer (GPT-2's Conv1D stores [in, out]): codes would run along the
+  outputs;
+- deltas without a matrix: parameters of one dimension.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from alignvec.formats import Encoded, bits, decode
+from alignvec.formats.lossless import DTYPES, ordered
+from alignvec.kernels import operands
+from alignvec.kernels.operands import Operand
+
+BITS = {"int8": 8, "int4": 4, "sign": 1}
+MOST_SPARSE_INPUTS = 65535
+
+
+def operand(encoded: Encoded, weight: Tensor, device: torch.device, *, transposed: bool = False) -> Operand:
+    """The operand of a delta of `weight`, on `device`.
+
+    Args:
+        encoded: shape [*, cols]: the operand is of the matrix [prod(*), cols].
+        weight: the live parameter's values, same shape, anywhere; lossless deltas are steps from them.
+        transposed: the layer multiplies with the transpose of its weight; the operand is of that, [cols, prod(*)].
+    """
+    name = encoded.name
+    columns = encoded.shape[-1] if encoded.shape else 1
+    if name == "low-rank":
+        made = operands.low_rank(encoded.parts["A"].to(device), encoded.parts["B"].to(device))
+        if transposed:
+            made = operands.low_rank(*(part.contiguous() for part in made.transpose().parts))
+        return made
+    packed = not transposed and (
+        name in BITS
+        or (name == "lossless" and weight.dtype == DTYPES[str(encoded.options["dtype"])])
+        or (name == "sparse" and columns <= MOST_SPARSE_INPUTS)
+    )
+    if not packed:
+        made = operands.dense(dense(encoded, weight, device).reshape(-1, columns))
+        return made.transpose() if transposed else made
+    parts = {key: part.to(device) for key, part in encoded.parts.items()}
+    if name == "lossless":
+        return _lossless(parts, int(encoded.options["width"]), weight.detach().to(device).reshape(-1, columns))
+    if name == "sparse":
+        return _sparse(parts, columns)
+    if name == "int8":
+        fields = parts["codes"].view(torch.uint8) ^ 128  # two's complement to offset binary
+    else:
+        fields = bits.unpack(parts["codes" if name == "int4" else "signs"], BITS[name], columns)
+    return operands.from_fields(fields, parts["scales"], BITS[name], int(encoded.options["group"]))
+
+
+def dense(encoded: Encoded, weight: Tensor, device: torch.device) -> Tensor:
+    """The delta's values [*, cols] on `device`: as stored where they are, else float32, or 16 bits where that is exact.
+
+    `weight`: as for `operand`. Of a float32 weight the lossless checkpoints' dtype holds the very values.
+    """
+    moved = Encoded(
+        encoded.name, encoded.shape, encoded.options, {key: part.to(device) for key, part in encoded.parts.items()}
+    )
+    if encoded.name != "lossless":
+        return decode(moved)
+    dtype = DTYPES[str(encoded.options["dtype"])]
+    delta = decode(moved, weight.detach().to(device, dtype))
+    narrow = delta.to(dtype)
+    return narrow if torch.equal(narrow.float(), delta) else delta
+
+
+def matrix_shape(weight: Tensor, transposed: bool) -> tuple[int, int]:
+    """Of the matrix that a weight [*, cols] is multiplied as."""
+    columns = weight.shape[-1]
+    return (columns, weight.numel() // columns) if transposed else (weight.numel() // columns, columns)
+
+
+def _lossless(parts: dict[str, Tensor], width: int, weight: Tensor) -> Operand:
+    """Steps of the side table become deltas, and so does the lowest step, whose field marks them."""
+    columns = weight.shape[1]
+    fields = bits.unpack(parts["steps"], width, columns).clone(memory_format=torch.contiguous_format)
+    flat, index = fields.view(-1), parts["side_index"]
+    flat[index] = 0
+    marked = (flat == 0).nonzero().view(-1)
+    steps = torch.full_like(marked, -(1 << (width - 1)), dtype=torch.int32)
+    steps[torch.searchsorted(marked, index)] = parts["side_steps"]
+    base = weight.reshape(-1)[marked]
+    aligned = operands.ordered((ordered(base).int() + steps).to(torch.int16)).view(weight.dtype)
+    return operands.from_steps(fields, width, marked, aligned.float() - base.float())
+
+
+def _sparse(parts: dict[str, Tensor], columns: int) -> Operand:
+    """The stored bitmap's bytes, four to a word, and where the values of each word begin."""
+    bitmap, values = parts["bitmap"], parts["values"]
+    padded = F.pad(bitmap, (0, -bitmap.shape[1] % 4)).contiguous()
+    ones = torch.tensor([byte.bit_count() for byte in range(256)], dtype=torch.uint8, device=bitmap.device)
+    offsets, per_row = [], []
+    for block in padded.split(max(1, operands.BLOCK // padded.shape[1])):
+        counts = ones[block.int()].view(len(block), -1, 4).sum(2, dtype=torch.int32)
+        ends = counts.cumsum(1, dtype=torch.int32)
+        offsets.append((ends - counts).to(torch.int16))  # wraps: read as unsigned
+        per_row.append(ends[:, -1])
+    start = F.pad(torch.cat(per_row).cumsum(0), (1, 0)).to(torch.int32)
+    return Operand("sparse", (padded.view(torch.int32), torch.cat(offsets), start, values), (len(bitmap), columns))
