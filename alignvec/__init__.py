@@ -10,7 +10,19 @@ from alignvec.convert import convert
 from alignvec.errors import AlignvecError
 from alignvec.extract import extract
 from alignvec.merge import merge
+from alignvec.planner.explain import plan
 from alignvec.vector import AlignmentVector, load
 
 __version__ = "0.1.0"
-__all__ = ["Alignment", "AlignmentVector", "AlignvecError", "attach", "check", "convert", "extract", "load", "merge"]
+__all__ = [
+    "Alignment",
+    "AlignmentVector",
+    "AlignvecError",
+    "attach",
+    "check",
+    "convert",
+    "extract",
+    "load",
+    "merge",
+    "plan",
+]

@@ -12,6 +12,7 @@ from alignvec.cli.env import env
 from alignvec.cli.generate import generate
 from alignvec.cli.inspect import inspect
 from alignvec.cli.options import console, mix, size, table, vectors
+from alignvec.cli.tune import tune
 
 if TYPE_CHECKING:
     from alignvec.vector import AlignmentVector
@@ -27,6 +28,7 @@ app.command()(inspect)
 app.command()(generate)
 app.command()(demo)
 app.command()(env)
+app.command()(tune)
 
 VectorOption = Annotated[list[str], typer.Option("--vector", "-v", help="NAME=FOLDER of a vector; repeatable.")]
 TransferOption = Annotated[bool, typer.Option("--transfer", help="The vectors come from another base, on purpose.")]

@@ -8,9 +8,8 @@ import platform
 import torch
 
 import alignvec
-from alignvec import planner
 from alignvec.cli.options import console, table
-from alignvec.errors import AlignvecError
+from alignvec.planner.explain import backends, table_in_use, typical
 
 PACKAGES = ("torch", "triton", "transformers", "safetensors", "accelerate", "trl", "numpy")
 
@@ -32,19 +31,13 @@ def env() -> None:
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         rows.add_row(f"cuda:{index}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+        rows.add_row("tuned table", table_in_use(properties.name))
     if not torch.cuda.is_available():
         rows.add_row("cuda", "no device")
     for device in ("cpu", "cuda"):
-        rows.add_row(f"backend on {device}", _backend(device))
+        rows.add_row(f"backend on {device}", backends(device))
+    for device in [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["H200"]:
+        rows.add_row(f"plan on {device}{'' if ':' in device else ', not here'}", typical(device))
+    rows.add_row("plan on cpu", typical("cpu"))
+    rows.add_row("deterministic", "always: no kernel adds with atomics, sums of split inputs are added in order")
     console.print(rows)
-
-
-def _backend(device: str) -> str:
-    if device == "cuda" and not torch.cuda.is_available():
-        return "none: no device"
-    chosen = planner.resolve_backend(device)
-    try:
-        planner.resolve_backend(device, "triton")
-    except AlignvecError as error:
-        return f"{chosen} ({error})"
-    return chosen

@@ -74,8 +74,8 @@ def model(problem: Problem, execution: str) -> Cost:
     note = ""
     if execution == "combine" and mixed:
         note = f", as {mixed:.0%} of its tiles have several mixes" if mixed < 1 else ", as it cannot mix rows in a tile"
-    launches = 2 if p.low_rank else 1
-    return Cost(launches * d.launch + seconds[limit], limit, note)
+    launches = d.launch * (2 if p.low_rank else 1)
+    return Cost(launches + seconds[limit], limit if seconds[limit] > launches else "launches", note)
 
 
 def _cpu(p: Problem, execution: str) -> Cost:

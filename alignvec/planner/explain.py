@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from alignvec import formats
 from alignvec.errors import AlignvecError
@@ -39,7 +40,7 @@ def plan(
     vectors: Sequence[str] = ("dense",),
     dtype: str = "bfloat16",
     precision: str | None = None,
-    execution: str = "auto",
+    execution: str | None = None,
     reuse: int = 1,
 ) -> list[Plan]:
     """Which execution each distinct shape of linear layer takes for `tokens` tokens; `str` of a plan is a sentence.
@@ -50,18 +51,17 @@ def plan(
         device: where; by default the model's, or the first GPU. "H200", say, plans for one that is not at hand.
         vectors, dtype: of layers given by their shapes: a format for each vector, and the weights' dtype.
         precision: "exact" or "merged"; the alignment's, or "exact".
-        execution: force one and have its cost.
+        execution: force one and have its cost; the alignment's, or "auto".
         reuse: calls for which a mix does not change, over which a materialised one is paid for.
 
     Raises:
-        AlignvecError: nothing is attached, an unknown device, format or choice, numbers below 1.
+        AlignvecError: nothing is attached (any more), an unknown device, format or choice, numbers below 1.
     """
     for name, number in (("tokens", tokens), ("rows", 1 if rows is None else rows), ("reuse", reuse)):
         if number < 1:
             raise AlignvecError(f"{name} must be at least 1, not {number}")
-    check_choice("execution", execution, EXECUTIONS)
-    if precision is not None:
-        check_choice("precision", precision, PRECISIONS)
+    check_choice("execution", execution or "auto", EXECUTIONS)
+    check_choice("precision", precision or "exact", PRECISIONS)
     alignment = _alignment(target)
     if alignment is None:
         check_choice("dtype", dtype, configs.DTYPES)
@@ -72,19 +72,19 @@ def plan(
         counts = Counter(_layers(alignment))
         rows = rows or _distinct(alignment)
         device = device or next(alignment.model.parameters()).device
-        precision = precision or _precision(alignment)
+        choices = alignment._swaps[0].aligned.edit.choices
+        execution, precision = execution or choices[0], precision or choices[1]
     figures = find(str(device))
     plans = []
     for (shape, own, name), count in counts.items():
         problem = Problem(tokens, *shape, own, figures, name, min(rows or 1, tokens), precision or "exact", reuse)
-        plans.append(replace(choice.plan(problem, execution), layers=count))
+        plans.append(replace(choice.plan(problem, execution or "auto"), layers=count))
     return plans
 
 
 def typical(device: str | torch.device) -> str:
     """One sentence on a layer of a 7B model that decodes 16 rows with three int4 vectors."""
-    (only,) = plan((4096, 14336), tokens=16, rows=16, device=device, vectors=("int4",) * 3)
-    return str(only)
+    return str(plan((4096, 14336), tokens=16, rows=16, device=device, vectors=("int4",) * 3)[0])
 
 
 def backends(device_type: str) -> str:
@@ -113,14 +113,12 @@ def table_in_use(device_name: str) -> str:
 def _alignment(target: object) -> Alignment | None:
     from alignvec.alignment import Alignment
 
-    if isinstance(target, Alignment):
-        return target
-    if isinstance(target, nn.Module):
-        found = getattr(target, "alignment", None)
-        if not isinstance(found, Alignment):
-            raise AlignvecError(f"no vectors are attached to this {type(target).__name__}; attach some, or give shapes")
-        return found
-    return None
+    if not isinstance(target, Alignment | nn.Module):
+        return None
+    found = target if isinstance(target, Alignment) else getattr(target, "alignment", None)
+    if not isinstance(found, Alignment) or not found._swaps:
+        raise AlignvecError("no vectors are attached to this model; attach some, or give the shapes of its layers")
+    return found
 
 
 def _shaped(shape: Shape, vectors: Sequence[str], dtype: str) -> Layer:
@@ -151,14 +149,20 @@ def operand(text: str, shape: Shape, itemsize: int = 2) -> tuple[str, int]:
 
 
 def _layers(alignment: Alignment) -> Iterator[Layer]:
-    """The linear layers of a model that vectors edit."""
-    raise NotImplementedError
+    """The linear layers of a model whose weights vectors edit."""
+    for swap in alignment._swaps:
+        deltas = swap.aligned.edit.deltas.get("weight")
+        if deltas is not None and isinstance(swap.original, nn.Linear | Conv1D):
+            weight = deltas.matrix(swap.original.weight)
+            own = tuple((o.spec, sum(map(_stored, o.parts))) for o in deltas.operands)
+            yield (weight.shape[0], weight.shape[1]), own, str(weight.dtype).removeprefix("torch.")
+
+
+def _stored(part: torch.Tensor) -> int:
+    """Bytes in memory: a vector that leaves a layer alone is one zero, expanded."""
+    return min(part.nbytes, part.untyped_storage().nbytes())
 
 
 def _distinct(alignment: Alignment) -> int:
     live = alignment.coefficients
     return 1 if isinstance(live, dict) else len({tuple(sorted(mix.items())) for mix in live})
-
-
-def _precision(alignment: Alignment) -> str:
-    raise NotImplementedError

@@ -57,7 +57,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of one call, and what bounds them: "bytes", "FLOPs" or "unpacking"."""
+    """Seconds of one call, and what bounds them: "bytes", "FLOPs", "unpacking" or "launches"."""
 
     seconds: float
     limit: str
