@@ -24,7 +24,7 @@ MAX_VECTORS = 16
 
 @dataclass(frozen=True)
 class Config:
-    """Tiles [block_k inputs, block_n outputs], `steps` of them a program; `planes`: each is a plane of the words."""
+    """Tiles [block_n outputs, block_k inputs], `steps` of them a program; `planes`: each is a plane of the words."""
 
     block_k: int
     block_n: int
@@ -53,29 +53,27 @@ def choose_config(operands: list[Operand], weight: Tensor) -> Config:
 
 
 @triton.jit
-def _codes(
-    SPECS: tl.constexpr, i: tl.constexpr, parts, sizes, at_n, n_mask, k, k_mask, word, plane, ALIKE: tl.constexpr
-):
-    """scale * field, float32 [K, N]; a field becomes a float by its bits, without a conversion. ALIKE: one group."""
+def _codes(SPECS: tl.constexpr, i: tl.constexpr, parts, sizes, n, n_mask, k, k_mask, word, plane, group):
+    """scale * field, float32 [N, K]; a field becomes a float by its bits, without a conversion. `group`: of all k."""
     bits: tl.constexpr = tiles.bits(SPECS, i)
     if bits == 1:
         value = (((word << (31 - plane)) & -0x80000000) ^ 0x3F800000).to(tl.float32, bitcast=True)
     else:
         field = (word >> (plane * bits)) & ((1 << bits) - 1)
         value = (field | 0x4B000000).to(tl.float32, bitcast=True) - (0x800000 + (1 << (bits - 1)))  # 2^23 + field
-    at = parts[1] + at_n * sizes[3]
+    at = parts[1] + n * sizes[3]
     if not tiles.grouped(SPECS, i):
         scale = tl.load(at, mask=n_mask, other=0.0)
-    elif ALIKE:
-        scale = tl.load(at + tl.min(k, 0) // sizes[2], mask=n_mask, other=0.0)
+    elif group is not None:
+        scale = tl.load(at + group, mask=n_mask, other=0.0)
     else:
-        scale = tl.load(at + (k // sizes[2])[:, None], mask=k_mask & n_mask, other=0.0)
+        scale = tl.load(at + k // sizes[2], mask=n_mask & k_mask, other=0.0)
     return value * scale.to(tl.float32)
 
 
 @triton.jit
 def _lossless(SPECS: tl.constexpr, i: tl.constexpr, parts, steps, w, word, plane, mask, cursor):
-    """The delta and the aligned weight, float32 [K, N], and where the side table goes on after this tile, [1, N]."""
+    """The delta and the aligned weight, float32 [N, K], and where the side table goes on after this tile, [N, 1]."""
     lowest: tl.constexpr = -(1 << (tiles.bits(SPECS, i) - 1))
     step = tiles.field(SPECS, i, word, plane)
     bits = w.to(tl.int16, bitcast=True).to(tl.int32)
@@ -93,17 +91,17 @@ def _lossless(SPECS: tl.constexpr, i: tl.constexpr, parts, steps, w, word, plane
 
 @triton.jit
 def _next(values, cursor, there):
-    """Of values that lie row by row, those of a tile: where `there` [K, N] is set, in the order of K, from `cursor`."""
-    count = tl.cumsum(there.to(tl.int32), 0)
+    """Of values that lie row by row, those of a tile: where `there` [N, K] is set, in the order of K, from `cursor`."""
+    count = tl.cumsum(there.to(tl.int32), 1)
     value = tl.load(values + cursor + count - 1, mask=there, other=0.0).to(tl.float32)
-    return value, cursor + tl.max(count, 0)[None, :]
+    return value, cursor + tl.max(count, 1)[:, None]
 
 
 @triton.jit
-def _search(parts, steps, at_n, n_mask, first):
-    """Where in the side table the inputs from `first` on begin, int32 [1, N]: a binary search for each output."""
-    low = tl.load(parts[1] + at_n, mask=n_mask, other=0)
-    high = tl.load(parts[1] + at_n + 1, mask=n_mask, other=0)
+def _search(parts, steps, n, n_mask, first):
+    """Where in the side table the inputs from `first` on begin, int32 [N, 1]: a binary search for each output."""
+    low = tl.load(parts[1] + n, mask=n_mask, other=0)
+    high = tl.load(parts[1] + n + 1, mask=n_mask, other=0)
     for _ in range(steps):
         middle = (low + high) // 2
         open = low < high
@@ -114,36 +112,38 @@ def _search(parts, steps, at_n, n_mask, first):
 
 
 @triton.jit
-def _sparse(parts, sizes, at_n, n_mask, first, k, k_mask):
-    """Values where the bitmap is set, float32 [K, N]; `first`, the tile's first input, is a multiple of 32."""
-    word = tl.load(parts[0] + at_n * sizes[0] + (k // 32)[:, None], mask=k_mask & n_mask, other=0)
-    before = tl.load(parts[1] + at_n * sizes[0] + first // 32, mask=n_mask, other=0).to(tl.int32) & 0xFFFF
-    cursor = tl.load(parts[2] + at_n, mask=n_mask, other=0) + before
-    value, _ = _next(parts[3], cursor, ((word >> (k % 32)[:, None]) & 1) == 1)
+def _sparse(parts, sizes, n, n_mask, first, k, k_mask):
+    """Values where the bitmap is set, float32 [N, K]; `first`, the tile's first input, is a multiple of 32."""
+    word = tl.load(parts[0] + n * sizes[0] + k // 32, mask=n_mask & k_mask, other=0)
+    before = tl.load(parts[1] + n * sizes[0] + first // 32, mask=n_mask, other=0).to(tl.int32) & 0xFFFF
+    cursor = tl.load(parts[2] + n, mask=n_mask, other=0) + before
+    value, _ = _next(parts[3], cursor, ((word >> (k % 32)) & 1) == 1)
     return value
 
 
 @triton.jit
-def _low_rank(parts, sizes, at_n, n_mask, k, k_mask, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr):
-    """A^T B^T, float32 [K, N]. Products of 16-bit factors are exact, sums are float32."""
+def low_rank(parts, sizes, n, n_mask, k, k_mask):
+    """B A, float32 [N, K]. Products of 16-bit factors are exact, sums are float32."""
     block: tl.constexpr = 32
-    acc = tl.zeros((BLOCK_K, BLOCK_N), dtype=tl.float32)
-    for start in range(0, sizes[2], block):
+    rank = sizes[2]
+    acc = tl.zeros((n.shape[0], k.shape[1]), dtype=tl.float32)
+    for start in range(0, rank, block):
         r = start + tl.arange(0, block)
-        at = r.to(tl.int64)[None, :] * sizes[0] + k.to(tl.int64)[:, None] * sizes[1]
-        a = tl.load(parts[0] + at, mask=k_mask & (r < sizes[2])[None, :], other=0.0)
-        b = tl.load(parts[1] + at_n * sizes[3] + r[:, None], mask=(r < sizes[2])[:, None] & n_mask, other=0.0)
+        r_mask = r < rank
+        b = tl.load(parts[1] + n * sizes[3] + r[None, :], mask=n_mask & r_mask[None, :], other=0.0)
+        at = r.to(tl.int64)[:, None] * sizes[0] + k.to(tl.int64) * sizes[1]
+        a = tl.load(parts[0] + at, mask=r_mask[:, None] & k_mask, other=0.0)
         if a.dtype == b.dtype and a.dtype != tl.float32:
-            acc = tl.dot(a, b, acc)
+            acc = tl.dot(b, a, acc)
         else:
-            acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+            acc = tl.dot(b.to(tl.float32), a.to(tl.float32), acc, input_precision="ieee")
     return acc
 
 
 @triton.jit
 def _low_half(rest, k, dtype: tl.constexpr):
-    """`rest` [K, N] rounded to `dtype` with a dither that walks through k, as in `tiles.dot`: its mean is right."""
-    dither = ((k * 40503) & 0xFFFF)[:, None]
+    """`rest` [N, K] rounded to `dtype` with a dither that walks through k, as in `tiles.dot`: its mean is right."""
+    dither = (k * 40503) & 0xFFFF
     if dtype == tl.bfloat16:
         bits = (rest.to(tl.int32, bitcast=True) + dither) & -0x10000
         rest = bits.to(tl.float32, bitcast=True)
@@ -185,14 +185,12 @@ def materialise_kernel(
     tiles_k = tl.cdiv(in_features, BLOCK_K * STEPS)
     pid_k, pid_n = tl.program_id(0) % tiles_k, tl.program_id(0) // tiles_k
     first = pid_k * (BLOCK_K * STEPS)
-    offs_k = tl.arange(0, BLOCK_K)
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    at_n = offs_n.to(tl.int64)[None, :]
-    inside = (offs_n < out_features)[None, :]
+    offs_k = tl.arange(0, BLOCK_K)[None, :]
+    n = (pid_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
+    inside = n < out_features
 
-    k_mask = (first + offs_k < in_features)[:, None]
-    w_at = w_ptr + at_n * w_stride_n + (first + offs_k).to(tl.int64)[:, None] * w_stride_k
-    following = tl.load(w_at, mask=k_mask & inside, other=0.0)
+    w_at = w_ptr + n * w_stride_n + (first + offs_k).to(tl.int64) * w_stride_k
+    following = tl.load(w_at, mask=inside & (first + offs_k < in_features), other=0.0)
 
     one_row = tl.load(rows_ptr) == 1
     used = tl.full((), 0, tl.int32)
@@ -205,47 +203,49 @@ def materialise_kernel(
         n_mask = inside & ((c != 0).to(tl.int32) == 1)  # an integer: the interpreter cannot widen a float's comparison
         if PLANES and (tiles.kind(SPECS, i) == tiles.CODES or tiles.kind(SPECS, i) == tiles.LOSSLESS):
             at = first // tiles.plane_inputs(SPECS, i) * BLOCK_K + offs_k
-            word = tl.load(parts[i][0] + at_n * sizes[i][0] + at[:, None], mask=n_mask, other=0)
+            word = tl.load(parts[i][0] + n * sizes[i][0] + at, mask=n_mask, other=0)
         if tiles.kind(SPECS, i) == tiles.LOSSLESS:
-            cursor = _search(parts[i], sizes[i][2], at_n, n_mask, first)
+            cursor = _search(parts[i], sizes[i][2], n, n_mask, first)
         words += (word,)
         cursors += (cursor,)
 
     for step in range(STEPS):
         start = first + step * BLOCK_K
         k = start + offs_k
-        k_mask = (k < in_features)[:, None]
+        k_mask = k < in_features
         w = following
         if STEPS > 1:  # in flight while this tile is worked on
-            next_mask = (k + BLOCK_K < in_features)[:, None] & (step + 1 < STEPS)
-            next_at = w_at + (step + 1) * BLOCK_K * w_stride_k
-            following = tl.load(next_at, mask=next_mask & inside, other=0.0)
-        edit = tl.zeros((BLOCK_K, BLOCK_N), dtype=tl.float32)
+            next_mask = inside & (k + BLOCK_K < in_features) & (step + 1 < STEPS)
+            following = tl.load(w_at + (step + 1) * BLOCK_K * w_stride_k, mask=next_mask, other=0.0)
+        edit = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
         same = w.to(tl.float32)
         keep = used == 0
         moved = ()
         for i in tl.static_range(VECTORS):
             c = coefficients[i]
             n_mask = inside & ((c != 0).to(tl.int32) == 1)
-            mask = k_mask & n_mask
+            mask = n_mask & k_mask
             cursor = cursors[i]
             if tiles.kind(SPECS, i) == tiles.DENSE:
-                edit += c * tiles.decode(SPECS, i, parts[i], sizes[i], offs_n, k, mask, w, False)
+                at = n * sizes[i][0] + k.to(tl.int64) * sizes[i][1]
+                edit += c * tl.load(parts[i][0] + at, mask=mask, other=0.0).to(tl.float32)
             elif tiles.kind(SPECS, i) == tiles.SPARSE:
-                edit += c * _sparse(parts[i], sizes[i], at_n, n_mask, start, k, k_mask)
+                edit += c * _sparse(parts[i], sizes[i], n, n_mask, start, k, k_mask)
             elif tiles.kind(SPECS, i) == tiles.LOW_RANK:
                 if c != 0:
-                    edit += c * _low_rank(parts[i], sizes[i], at_n, n_mask, k, k_mask, BLOCK_K, BLOCK_N)
+                    edit += c * low_rank(parts[i], sizes[i], n, n_mask, k, k_mask)
             else:
                 if PLANES:
                     word = words[i]
                     plane = first // BLOCK_K % (32 // tiles.bits(SPECS, i)) + step
+                    group = start // sizes[i][2]
                 else:
                     at = k // tiles.plane_inputs(SPECS, i) * tiles.width(SPECS, i) + k % tiles.width(SPECS, i)
-                    word = tl.load(parts[i][0] + at_n * sizes[i][0] + at[:, None], mask=mask, other=0)
-                    plane = (k // tiles.width(SPECS, i) % (32 // tiles.bits(SPECS, i)))[:, None]
+                    word = tl.load(parts[i][0] + n * sizes[i][0] + at, mask=mask, other=0)
+                    plane = k // tiles.width(SPECS, i) % (32 // tiles.bits(SPECS, i))
+                    group = None
                 if tiles.kind(SPECS, i) == tiles.CODES:
-                    edit += c * _codes(SPECS, i, parts[i], sizes[i], at_n, n_mask, k, k_mask, word, plane, PLANES)
+                    edit += c * _codes(SPECS, i, parts[i], sizes[i], n, n_mask, k, k_mask, word, plane, group)
                 else:
                     delta, aligned, cursor = _lossless(SPECS, i, parts[i], sizes[i][2], w, word, plane, mask, cursor)
                     edit += c * delta
@@ -255,8 +255,8 @@ def materialise_kernel(
             moved += (cursor,)
         cursors = moved
         mix = tl.where(keep, same, same + edit)
-        out_mask = k_mask & inside
-        out_at = at_n * out_stride_n + k.to(tl.int64)[:, None] * out_stride_k
+        out_mask = inside & k_mask
+        out_at = n * out_stride_n + k.to(tl.int64) * out_stride_k
         out = mix.to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + out_at, out, mask=out_mask)
         if low_ptr is not None:
