@@ -127,7 +127,7 @@ class Alignment:
     @property
     def nbytes(self) -> int:
         """Bytes that the attached operands take on their devices."""
-        storages = [part.untyped_storage() for *_, deltas in self._edited() for part in deltas.parts]
+        storages = [part.untyped_storage() for _, _, deltas, _ in self._edited() for part in deltas.parts]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def materialise(

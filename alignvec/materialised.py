@@ -30,8 +30,8 @@ class Materialised:
 
     def write(self, edited: Sequence[Edited], mix: tuple[float, ...]) -> list[float]:
         """Write `mix` over what the parameters hold; the realised coefficients, by column."""
-        total = sum(module._parameters[name].numel() for module, name, _, _ in edited)  # type: ignore[union-attr]
-        step = -(-total // SAMPLE)
+        parameters = [module._parameters[name] for module, name, _, _ in edited]
+        step = -(-sum(p.numel() for p in parameters if p is not None) // SAMPLE)
         realised = RealisedCoefficients(len(mix))
         tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
         for module, name, deltas, columns in edited:

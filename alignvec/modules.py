@@ -331,7 +331,7 @@ def view(module: nn.Module, edit: Edit) -> Aligned:
     """A swapped-in view of `module` that applies `edit`; `module` itself is left as it is."""
     original: Any = type(module)
     vectors_only = all(deltas.stack is not None for deltas in edit.deltas.values())
-    kind: type[Aligned] = AlignedModule
+    kind: Any = AlignedModule
     form = None
     if original.__name__.endswith("Norm") and vectors_only:
         form = root_mean_square(module)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from alignvec.kernels.operands import Operand, decode
+from alignvec.kernels.operands import Operand, aligned, decode
 from alignvec.kernels.reference import token_coefficients
 
 # Weights in a block: 1 MiB as float32, a second-level cache. Much smaller blocks would starve a GEMM's threads.
@@ -190,8 +190,8 @@ def linear_input_grad(
     for block in _blocks(weight):
         part = _columns(wide, block)
         total.addmm_(part, _widen(weight, block, compute))
-        for i, c in device_mix:
-            narrow.get(i, total).addmm_(part * c, _factor(operands[i], weight, block, compute))
+        for i, per_token in device_mix:
+            narrow.get(i, total).addmm_(part * per_token, _factor(operands[i], weight, block, compute))
     for i, left in narrow.items():
         total.addmm_(left, operands[i].parts[0].to(compute))
     return total.to(grad.dtype)
@@ -218,7 +218,11 @@ def _delta(operand: Operand, weight: Tensor, block: slice | None) -> Tensor:
     """The delta at the output rows of a block [rows, in], float32 or, without a copy, as a dense one is."""
     if operand.kind == "dense":
         return operand.parts[0] if block is None else operand.parts[0][block]
-    return decode(operand, weight, slice(None) if block is None else block)
+    return decode(operand, weight, _rows(block))
+
+
+def _rows(block: slice | None) -> slice:
+    return slice(None) if block is None else block
 
 
 def _columns(grad: Tensor, block: slice | None) -> Tensor:
@@ -298,6 +302,7 @@ def embedding(
 def take(operand: Operand, ids: Tensor) -> Operand:
     """The operand whose output rows are rows `ids` [n] of this one."""
     first, *others = operand.parts
+    parts: tuple[Tensor, ...]
     if operand.kind == "low-rank":
         parts = (first, others[0][ids])
     elif operand.kind == "lossless":
@@ -358,9 +363,13 @@ def materialise(
     for block in _blocks(weight):
         total = _widen(weight, block, compute)
         for i, c in mix:
-            delta = _delta(operands[i], weight, block)
-            total = torch.add(total, delta, alpha=c) if isinstance(c, float) else torch.addcmul(total, c, delta)
-        part = slice(None) if block is None else block
+            if isinstance(c, Tensor):
+                total = torch.addcmul(total, c, _delta(operands[i], weight, block))
+            elif c == 1 and len(mix) == 1 and operands[i].kind == "lossless":
+                total = aligned(operands[i], weight, _rows(block)).to(compute)  # the checkpoint's own bits, -0.0 too
+            else:
+                total = torch.add(total, _delta(operands[i], weight, block), alpha=c)
+        part = _rows(block)
         out[part] = total
         if low is not None:
             low[part] = total - out[part].to(compute)

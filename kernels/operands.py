@@ -113,7 +113,10 @@ def unpack_planes(words: Tensor, bits: int, width: int, in_features: int) -> Ten
 
 
 def from_fields(fields: Tensor, scales: Tensor, bits: int, group: int) -> Operand:
-    """Codes from fields uint8 [out, in] and scales [out, groups]; group 0: one scale a row."""
+    """Codes from fields uint8 [out, in] and scales [out, groups]; group 0: one scale a row, else a multiple of 16."""
+    if group & (group - 1):  # kernels count groups by shifts: a scale is repeated for each power of two in its group
+        scales = scales.repeat_interleave(group // (group & -group), 1)[:, : -(-fields.shape[1] // (group & -group))]
+        group &= -group
     width = plane_width(fields.shape[1], bits, group or ROW)
     shape = (fields.shape[0], fields.shape[1])
     words = pack_planes(fields, bits, width)
@@ -145,16 +148,33 @@ def ordered(bits: Tensor) -> Tensor:
     return bits ^ ((bits >> 15) & 0x7FFF)
 
 
-def _decode_lossless(operand: Operand, fields: Tensor, weight: Tensor, rows: slice) -> Tensor:
+def aligned(operand: Operand, weight: Tensor, rows: slice = slice(None)) -> Tensor:
+    """Those rows of the weight with a lossless delta added, bit for bit, in the weight's dtype."""
+    fields = unpack_planes(operand.parts[0][rows], operand.bits, operand.width, operand.shape[1])
+    stepped = _stepped(operand, fields, weight[rows])
+    row, column, values = _side(operand, rows)
+    stepped[row, column] = (weight[rows][row, column].float() + values).to(weight.dtype)
+    return stepped
+
+
+def _stepped(operand: Operand, fields: Tensor, weight: Tensor) -> Tensor:
     step = torch.where(fields == 0, 0, fields - (1 << (operand.bits - 1)))
     bits = weight.contiguous().view(torch.int16)
-    aligned = ordered((ordered(bits).int() + step).to(torch.int16)).view(weight.dtype)
-    delta = aligned.float() - weight.float()
+    return ordered((ordered(bits).int() + step).to(torch.int16)).view(weight.dtype)
+
+
+def _side(operand: Operand, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """Row within `rows`, column and value of the side table's entries there."""
     _, start, columns, values, row = operand.parts
     first, last, _ = rows.indices(operand.shape[0])
-    if last > first:
-        own = slice(int(start[first]), int(start[last]))
-        delta[row[own].long() - first, columns[own].long()] = values[own]
+    own = slice(int(start[first]), int(start[last])) if last > first else slice(0)
+    return row[own].long() - first, columns[own].long(), values[own]
+
+
+def _decode_lossless(operand: Operand, fields: Tensor, weight: Tensor, rows: slice) -> Tensor:
+    delta = _stepped(operand, fields, weight).float() - weight.float()
+    row, column, values = _side(operand, rows)
+    delta[row, column] = values
     return delta
 
 

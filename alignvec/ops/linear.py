@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -120,24 +121,26 @@ def _linear_group(
     layers have biases or none.
     """
     flat = x.reshape(-1, x.shape[-1])
+    optional: Sequence[Tensor | None] = biases or [None] * len(weights)
     members = zip(
         weights,
-        biases or [None] * len(weights),
+        optional,
         _per_layer(weights, specs, vectors, parts),
         bias_deltas,
         columns,
         strict=True,
     )
     shared = (table, rows, token_rows)
-    choices = {"execution": execution, "precision": precision}
     if planner.resolve_backend(x.device.type, backend) == "triton":
         from alignvec.kernels.linear import Projection
         from alignvec.kernels.linear import linear_group as run
 
-        results = run(flat, [Projection(*member) for member in members], *shared, **choices)
+        results = run(
+            flat, [Projection(*member) for member in members], *shared, execution=execution, precision=precision
+        )
     else:
         one = planner.linear_kernel(x.device, backend)
-        results = [one(flat, *member, *shared, **choices) for member in members]
+        results = [one(flat, *member, *shared, execution=execution, precision=precision) for member in members]
     return _joined(results).view(*x.shape[:-1], -1)
 
 

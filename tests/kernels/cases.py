@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignvec.kernels import dense, eager, operands
+from alignvec.kernels import eager, linear, operands
+from alignvec.kernels.configs import Config
 from alignvec.kernels.operands import Operand
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 # One large tile where the interpreter runs them, the shipped choice where a GPU does.
-TILE = dense.Config(16, 64, 128, 4, 2) if DEVICE == "cpu" else None
-SPLIT_3 = dense.Config(16, 32, 32, 4, 2, split_k=3)
+TILE = Config(16, 64, 128, 4, 2) if DEVICE == "cpu" else None
+SPLIT_3 = Config(16, 32, 32, 4, 2, split_k=3)
 
 FORMATS = (
     "dense",
@@ -41,15 +42,8 @@ def implementation(name: str) -> Callable[..., Tensor]:
     if backend == "torch":
         return lambda *args, **options: eager.linear(*args, execution=execution, **options)
     if execution == "split_k":
-        return lambda *args, **options: _triton(*args, execution="split", config=SPLIT_3, **options)
-    return lambda *args, **options: _triton(*args, execution=execution, config=TILE, **options)
-
-
-def _triton(
-    x: Tensor, weight: Tensor, bias: Tensor | None, deltas: list[Operand], *rest: Any, **options: Any
-) -> Tensor:
-    stacked = torch.stack([operand.parts[0] for operand in deltas])
-    return dense.linear(x, weight, bias, stacked, *rest, **options)
+        return lambda *args, **options: linear.linear(*args, execution="split", config=SPLIT_3, **options)
+    return lambda *args, **options: linear.linear(*args, execution=execution, config=TILE, **options)
 
 
 IMPLEMENTATIONS = ("torch-split", "torch-combine", "torch-auto", "triton-split", "triton-split_k", "triton-combine")

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from alignvec.errors import AlignvecError
-from alignvec.kernels import dense, eager, reference
+from alignvec.kernels import eager, linear, operands, reference
+from alignvec.kernels.configs import Config
 from tests.kernels.cases import (
     BF16,
     DEVICE,
+    FORMATS,
     FP16,
     FP32,
     IMPLEMENTATIONS,
@@ -36,6 +38,16 @@ CASES = [
     Case(33, 40, 65, 16, FP32, delta=BF16, rows="random", bias=True),
     Case(64, 100, 96, 3, rows=2),
 ]
+FORMAT_CASES = [
+    Case(6, 70, 150, k, dtype, rows=rows, format=name, bias=bias)
+    for name in (*FORMATS[1:], "mixed")
+    for k, rows, bias, dtype in ((1, 1, False, BF16), (3, 3, True, FP16), (8, "random", False, BF16))
+]
+FORMAT_CASES += [Case(6, 70, 150, 3, FP32, rows=2, format=name) for name in ("int4:32", "sign:row", "mixed")]
+FORMAT_CASES += [
+    Case(6, 70, 150, 16, delta=FP32, rows=2, format="mixed", bias=True),
+    Case(40, 33, 600, 9, format="mixed"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +63,7 @@ def _poison(t):
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *FORMAT_CASES], ids=str)
 def test_one_rounding_from_the_truth(case, name):
     args = case.make()
     y = implementation(name)(*args)
@@ -63,21 +75,21 @@ def test_one_rounding_from_the_truth(case, name):
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=["bf16", "fp16", "fp32"])
 def test_any_strides(name, dtype):
-    x, w, bias, d, bias_d, *rest = Case(6, 36, 70, 3, dtype, rows=2, bias=True).make()
-    weight, deltas = w.t().contiguous().t(), d.transpose(1, 2).contiguous().transpose(1, 2)  # as Conv1D passes them
+    x, w, bias, vectors, bias_d, *rest = Case(6, 36, 70, 3, dtype, rows=2, bias=True).make()
+    weight = w.t().contiguous().t()  # as Conv1D passes them
+    deltas = [vector.parts[0].t().contiguous().t() for vector in vectors]
     x = torch.stack([x, x], dim=2)[:, :, 1]
     bias = torch.stack([bias, bias], dim=1)[:, 0]
     bias_deltas = bias_d.t().contiguous().t()
-    assert not any(t.is_contiguous() for t in (x, weight, bias, deltas, bias_deltas))
-    args = (x, weight, bias, deltas, bias_deltas, *rest)
+    assert not any(t.is_contiguous() for t in (x, weight, bias, *deltas, bias_deltas))
+    args = (x, weight, bias, [operands.dense(delta) for delta in deltas], bias_deltas, *rest)
     assert_one_rounding(implementation(name)(*args), reference.linear(*args))
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_only_the_bias_is_edited(name):
-    x, w, bias, d, *rest = Case(6, 36, 70, 3, bias=True).make()
-    deltas = d.new_zeros(1, 1, 1).expand(3, *w.shape)
-    args = (x, w, bias, deltas, *rest)
+    x, w, bias, _, *rest = Case(6, 36, 70, 3, bias=True).make()
+    args = (x, w, bias, [operands.dense(w.new_zeros(1, 1).expand(w.shape))] * 3, *rest)
     assert_one_rounding(implementation(name)(*args), reference.linear(*args))
 
 
@@ -108,20 +120,18 @@ def test_later_writes_to_table_and_rows_are_honoured(name):
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-@pytest.mark.parametrize("case", [Case(128, 64, 256, 4, dtype) for dtype in (BF16, FP16, FP32)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(Case(128, 64, 256, 4, dtype, format=name) for dtype in (BF16, FP16, FP32) for name in ("dense", "mixed")),
+        *(Case(64, 32, 256, 2, format=name) for name in FORMATS[1:]),
+    ],
+    ids=str,
+)
 def test_integers_are_exact(name, case):
     """Sums of small integers leave no room for a rounding: a wrong product anywhere shows, as of a miscompiled dot."""
-    g = torch.Generator().manual_seed(1)
-    *_, columns, table, rows, token_rows = case.make()
-
-    def integers(*shape, limit=7):
-        return torch.randint(-limit, limit + 1, shape, generator=g).to(DEVICE, case.dtype)
-
-    x, weight = integers(case.tokens, case.in_features, limit=1), integers(case.out_features, case.in_features)
-    deltas = integers(case.k, case.out_features, case.in_features) / 16
-    table = table.mul(2).round().div(2)
-    args = (x, weight, None, deltas, None, columns, table, rows, token_rows)
-    run = implementation(name)
+    args = case.make(integers=True)
+    rows, run = args[7], implementation(name)
     for count in (1, 4):
         rows.fill_(count)
         assert torch.equal(run(*args), reference.linear(*args).to(case.dtype))
@@ -129,10 +139,12 @@ def test_integers_are_exact(name, case):
 
 @pytest.mark.parametrize("name", ["torch-auto", "torch-combine", "triton-combine", "triton-auto"])
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
-def test_merged_is_a_stored_merge(name, dtype):
-    args = Case(6, 64, 150, 3, dtype, bias=True).make()
-    x, weight, bias, deltas, bias_deltas, columns, table, *_ = args
+@pytest.mark.parametrize("name_of_format", ["dense", "int4:32", "sparse"])
+def test_merged_is_a_stored_merge(name, dtype, name_of_format):
+    args = Case(6, 64, 150, 3, dtype, bias=True, format=name_of_format).make()
+    x, weight, bias, vectors, bias_deltas, columns, table, *_ = args
     c = table[0, columns].double()
+    deltas = torch.stack([operands.decode(vector, weight) for vector in vectors])
     merged = (weight.double() + torch.einsum("i,inm->nm", c, deltas.double())).to(dtype)
     merged_bias = (bias.double() + c @ bias_deltas.double()).to(dtype)
     truth = x.double() @ merged.double().t() + merged_bias.double()
@@ -152,7 +164,7 @@ def test_merged_leaves_mixed_rows_exact(name):
 def test_tiles_of_one_row_and_of_several_in_one_launch():
     """Three rows of 20 tokens over tiles of 16: some tiles combine, others fall back to the split sum."""
     args = Case(60, 40, 70, 3, rows=3, bias=True).make()
-    y = dense.linear(*args, execution="combine", config=dense.Config(16, 64, 64, 4, 2))
+    y = linear.linear(*args, execution="combine", config=Config(16, 64, 64, 4, 2))
     assert_one_rounding(y, reference.linear(*args))
 
 
@@ -160,7 +172,7 @@ def test_tiles_of_one_row_and_of_several_in_one_launch():
 @pytest.mark.parametrize("tokens", [3, 100])
 def test_shipped_configurations(execution, tokens):
     args = Case(tokens, 150, 300, 3, bias=True).make()
-    assert_one_rounding(dense.linear(*args, execution=execution), reference.linear(*args))
+    assert_one_rounding(linear.linear(*args, execution=execution), reference.linear(*args))
 
 
 def test_split_k_is_deterministic():
@@ -170,25 +182,40 @@ def test_split_k_is_deterministic():
 
 
 def test_addresses_beyond_32_bits():
-    """The third of three vectors begins beyond 2^31 elements, in memory of which only the touched pages exist."""
-    x, weight, bias, deltas, *rest = Case(4, 16, 32, 3).make()
-    stride = 2**30 + 64
-    memory = torch.frombuffer(mmap.mmap(-1, 2 * (2 * stride + deltas[0].numel())), dtype=BF16).to(DEVICE)
-    far = memory.as_strided(deltas.shape, (stride, *deltas.stride()[1:]))
-    far.copy_(deltas)
+    """A delta's last rows lie beyond 2^31 elements, in memory of which only the touched pages exist."""
+    x, weight, bias, vectors, *rest = Case(4, 16, 32, 3).make()
+    stride, values = 2**31 // 15 + 64, vectors[2].parts[0]
+    memory = torch.frombuffer(mmap.mmap(-1, 2 * (15 * stride + 32)), dtype=BF16).to(DEVICE)
+    far = memory.as_strided(values.shape, (stride, 1))
+    far.copy_(values)
+    args = (x, weight, bias, [*vectors[:2], operands.dense(far)], *rest)
     for execution in ("split", "combine"):
-        y = dense.linear(x, weight, bias, far, *rest, execution=execution, config=TILE)
-        assert_one_rounding(y, reference.linear(x, weight, bias, deltas, *rest))
+        y = linear.linear(*args, execution=execution, config=TILE)
+        assert_one_rounding(y, reference.linear(x, weight, bias, vectors, *rest))
 
 
 @pytest.mark.parametrize("rows", [1, 4, "random"])
 @pytest.mark.parametrize("name", ["torch-split", "torch-combine"])
-def test_torch_in_blocks_of_output_rows(name, rows, monkeypatch):
+@pytest.mark.parametrize("format", ["dense", "mixed"])
+def test_torch_in_blocks_of_output_rows(name, rows, format, monkeypatch):
     monkeypatch.setattr(eager, "BLOCK_WEIGHTS", 1)
-    args = Case(12, 70, 150, 3, rows=rows, bias=True).make()
+    args = Case(12, 70, 150, 9, rows=rows, bias=True, format=format).make()
     assert_one_rounding(implementation(name)(*args), reference.linear(*args))
+
+
+@pytest.mark.parametrize("blocks", [False, True], ids=["whole", "blocks"])
+@pytest.mark.parametrize("case", [*CASES, *FORMAT_CASES], ids=str)
+def test_input_gradient(case, blocks, monkeypatch):
+    if blocks:
+        monkeypatch.setattr(eager, "BLOCK_WEIGHTS", 1)
+    x, weight, bias, vectors, bias_deltas, *rest = case.make()
+    x = x.double().requires_grad_()
+    y = reference.linear(x, weight, bias, vectors, bias_deltas, *rest)
+    grad = torch.randn(y.shape, device=DEVICE).to(case.dtype)
+    y.backward(grad.double())
+    assert_one_rounding(eager.linear_input_grad(grad, weight, vectors, *rest), x.grad)
 
 
 def test_more_than_16_vectors_are_refused():
     with pytest.raises(AlignvecError, match="17 vectors"):
-        dense.linear(*Case(4, 16, 32, 17).make())
+        linear.linear(*Case(4, 16, 32, 17).make())

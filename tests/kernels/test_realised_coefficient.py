@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from alignvec.kernels import operands
 from tests.kernels.cases import BF16, DEVICE, FP16, FP32, implementation
 
 REQUESTED = (-1.3, -0.6, -0.1, 0.1, 0.4, 0.7, 1.0, 1.3)
@@ -30,7 +31,7 @@ def _realised(run, x, weight, delta, requested, precision="exact"):
     """Projections of the realised edits on the vector. A second vector stands by at zero, so that combine combines."""
     columns = torch.tensor([0, 1], dtype=torch.int32, device=DEVICE)
     rows = torch.ones(1, dtype=torch.int32, device=DEVICE)
-    deltas = torch.stack([delta, delta.flip(0)])
+    deltas = [operands.dense(delta), operands.dense(delta.flip(0))]
     edit = x.double() @ delta.double().t()
     for c in requested:
         table = torch.tensor([[c, 0.0]], device=DEVICE)
