@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from alignvec import formats
 from alignvec.errors import AlignvecError
 from alignvec.kernels import configs
-from alignvec.kernels.operands import ROW
+from alignvec.kernels.operands import ROW, plane_width
 from alignvec.planner import choice
 from alignvec.planner.backends import EXECUTIONS, PRECISIONS, check_choice, resolve_backend
 from alignvec.planner.devices import find
@@ -136,10 +136,10 @@ def operand(text: str, shape: Shape, itemsize: int = 2) -> tuple[str, int]:
         bits = {"int8": 8, "int4": 4, "sign": 1}[spec.name]
         group = int(options["group"]) or ROW
         scales = out * -(-inputs // group) * (2 if group < ROW else 4)
-        return f"codes:{bits}:64:{group}", weights * bits // 8 + scales
+        return f"codes:{bits}:{plane_width(inputs, bits, group)}:{group}", weights * bits // 8 + scales
     if spec.name == "lossless":
         bits = int(options["width"]) or LOSSLESS_BITS
-        return f"lossless:{bits}:64:{ROW}", weights * bits // 8 + 4 * out
+        return f"lossless:{bits}:{plane_width(inputs, bits, ROW)}:{ROW}", weights * bits // 8 + 4 * out
     if spec.name == "low-rank":
         size = 4 if options["dtype"] == "float32" else 2
         return f"low-rank:0:0:{ROW}", int(options["rank"]) * (out + inputs) * size
