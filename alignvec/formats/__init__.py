@@ -18,7 +18,7 @@ from torch import Tensor
 
 from alignvec.errors import AlignvecError
 from alignvec.formats import dense, integer, lossless, low_rank, sign, sparse
-from alignvec.formats.spec import Encoded, Option, Spec, blocks, matrix
+from alignvec.formats.spec import Encoded, Option, Spec, blocks, finite, matrix
 
 __all__ = ["FORMATS", "Encoded", "Spec", "check", "decode", "encode", "layout", "parse", "squared_error"]
 
@@ -89,7 +89,7 @@ def encode(
     spec = parse(spec)
     if not delta.is_floating_point():
         raise AlignvecError(f"delta {name} is {delta.dtype}: only floating-point deltas can be stored")
-    if not torch.isfinite(delta).all():
+    if not finite(delta):
         raise AlignvecError(f"delta {name} holds NaN or infinity: the aligned or the base tensor is broken")
     for other in (base, aligned):
         if other is not None and other.shape != delta.shape:
@@ -136,7 +136,7 @@ def check(encoded: Encoded) -> None:
             want not in (None, got) for want, got in zip(shape, part.shape, strict=True)
         ):
             raise AlignvecError(f"{label} has shape {list(part.shape)} where {list(shape)} is needed")
-        if part.is_floating_point() and not torch.isfinite(part).all():
+        if part.is_floating_point() and not finite(part):
             raise AlignvecError(f"{label} holds NaN or infinity")
     module = _module(encoded.name)
     if hasattr(module, "check"):

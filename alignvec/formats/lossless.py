@@ -16,7 +16,7 @@ from torch import Tensor
 
 from alignvec.errors import AlignvecError
 from alignvec.formats import bits
-from alignvec.formats.spec import Encoded, Option, Spec, blocks, matrix, span
+from alignvec.formats.spec import Encoded, Option, Spec, blocks, finite, matrix, span
 
 OPTIONS: dict[str, Option] = {"width": 0, "dtype": ""}  # 0: the width that takes fewest bytes; dtype: the base's
 WIDTHS = (2, 4, 8)
@@ -75,7 +75,7 @@ class _Steps:
         for block in blocks(*self.base.shape):
             base = self.base[block]
             aligned = self._sum(block) if self.aligned is None else self.aligned[block]
-            if not (torch.isfinite(base).all() and torch.isfinite(aligned).all()):
+            if not (finite(base) and finite(aligned)):
                 raise AlignvecError(f"{self.name} holds NaN or infinity in the base or the aligned checkpoint")
             yield block, ordered(aligned).to(torch.int32) - ordered(base)
 

@@ -28,23 +28,28 @@ def validate(spec: Spec) -> None:
 def encode(spec: Spec, delta: Tensor, base: Tensor | None, aligned: Tensor | None, name: str) -> Encoded:
     (rows, cols), shape = matrix(tuple(delta.shape)), tuple(delta.shape)
     rank, dtype = min(int(spec.options["rank"]), rows, cols), str(spec.options["dtype"])
-    x = delta.reshape(rows, cols).float()
-    largest = x.abs().amax()
-    x = x / torch.where(largest == 0, 1, largest)
-    wanted = 2 * rank + 16
-    if min(rows, cols) <= max(EXACT, wanted):
-        u, s, vh = torch.linalg.svd(x, full_matrices=False)
-    else:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)
-            u, s, v = torch.svd_lowrank(x, q=wanted, niter=ITERATIONS)
-        vh = v.mH
+    x = delta.reshape(rows, cols).to(torch.float32, copy=True)
+    largest = torch.maximum(x.amax(), -x.amin())
+    x /= torch.where(largest == 0, 1, largest)
+    u, s, vh = _leading(x, 2 * rank + 16)
     root = (s[:rank] * largest).sqrt()
     parts = {
         "A": (root[:, None] * vh[:rank]).to(DTYPES[dtype]).contiguous(),
         "B": (u[:, :rank] * root).to(DTYPES[dtype]).contiguous(),
     }
     return Encoded("low-rank", shape, {"rank": rank, "dtype": dtype}, parts)
+
+
+def _leading(x: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """u, s, v^T of x [rows, cols] for at least `count` singular values, of which the first half are accurate."""
+    if min(x.shape) <= max(EXACT, count):
+        return torch.linalg.svd(x, full_matrices=False)
+    start = torch.randn(x.shape[1], count, generator=torch.Generator().manual_seed(0)).to(x.device)
+    q = torch.linalg.qr(x @ start).Q
+    for _ in range(ITERATIONS):
+        q = torch.linalg.qr(x @ torch.linalg.qr(x.mT @ q).Q).Q
+    u, s, vh = torch.linalg.svd(q.mT @ x, full_matrices=False)
+    return q @ u, s, vh
 
 
 def decode(encoded: Encoded, base: Tensor | None, rows: slice | None) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from math import prod
+from math import isfinite, prod
 
 from torch import Tensor
 
@@ -62,3 +62,8 @@ def blocks(rows: int, cols: int) -> Iterator[slice]:
     """Slices of the rows that hold about BLOCK elements each."""
     step = max(1, BLOCK // max(cols, 1))
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite, in one pass that makes no copy."""
+    return not values.numel() or all(isfinite(float(end)) for end in values.aminmax())
