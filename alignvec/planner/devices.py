@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -11,9 +11,13 @@ from alignvec.errors import AlignvecError
 from alignvec.kernels import configs
 from alignvec.kernels.configs import Device
 
+T = TypeVar("T", int, float)
+
 # FLOP a cycle and multiprocessor with 16-bit inputs, by compute capability; others are taken for the nearest below.
 TENSOR_CORES = {(7, 0): 1024, (7, 5): 1024, (8, 0): 2048, (8, 6): 1024, (9, 0): 4096, (10, 0): 8192, (12, 0): 2048}
 CUDA_CORES = {(7, 0): 128, (8, 0): 128, (8, 6): 256, (9, 0): 256}
+BANDWIDTH = {(7, 0): 5e11, (8, 0): 1.5e12, (8, 6): 7e11, (9, 0): 3.3e12, (10, 0): 7e12, (12, 0): 1e12}
+
 # Of a data sheet's figures, what programs see; an H200 reads 0.90 of its own and multiplies 0.70.
 READ_SHARE, MATRIX_SHARE, VECTOR_SHARE = 0.85, 0.65, 0.75
 
@@ -56,16 +60,17 @@ def cpu(threads: int) -> Device:
 
 def generic(properties: Any) -> Device:
     """A GPU without a table, from its clocks, bus and compute capability (`torch.cuda.get_device_properties`)."""
-    clock = 1e3 * getattr(properties, "clock_rate", 1_500_000)  # kHz
-    bus = getattr(properties, "memory_bus_width", 256) / 8 * 2e3 * getattr(properties, "memory_clock_rate", 5_000_000)
+    capability = (properties.major, properties.minor)
+    clock = 1e3 * (getattr(properties, "clock_rate", 0) or 1_500_000)  # kHz
+    lines, rate = getattr(properties, "memory_bus_width", 0), getattr(properties, "memory_clock_rate", 0)
+    bandwidth = lines / 8 * 2e3 * rate or _at_or_below(BANDWIDTH, capability)  # some drivers do not tell
     amd = getattr(properties, "gcnArchName", "").startswith("gfx")
     units = properties.multi_processor_count
-    capability = (properties.major, properties.minor)
     tensor = 2048 if amd else _at_or_below(TENSOR_CORES, capability)
     vector = 256 if amd else _at_or_below(CUDA_CORES, capability)
     return Device(
         properties.name,
-        read_bandwidth=READ_SHARE * bus,
+        read_bandwidth=READ_SHARE * bandwidth,
         matrix_16=MATRIX_SHARE * units * clock * tensor,
         matrix_32=VECTOR_SHARE * units * clock * vector,
         vector_32=units * clock * vector,
@@ -77,5 +82,5 @@ def generic(properties: Any) -> Device:
     )
 
 
-def _at_or_below(rates: dict[tuple[int, int], int], capability: tuple[int, int]) -> int:
+def _at_or_below(rates: dict[tuple[int, int], T], capability: tuple[int, int]) -> T:
     return rates[max((c for c in rates if c <= capability), default=min(rates))]

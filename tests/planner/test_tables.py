@@ -83,6 +83,8 @@ def test_a_gpu_without_a_table_goes_by_its_clocks() -> None:
     for capability in ((6, 1), (8, 9), (12, 1)):
         h200.major, h200.minor = capability
         assert devices.generic(h200).matrix_16 > 0
+    del h200.memory_clock_rate
+    assert devices.generic(h200).read_bandwidth > 0
 
 
 def test_which_table_is_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_a_configuration_that_fails_does_not_count() -> None:
         return 1 / config.block_n
 
     assert tune.search(FIRST, {"block_n": (16, 64, 128)}, seconds)[1] == FIRST
-    with pytest.raises(AlignvecError, match="none of 3 tile configurations runs a layer here; .* RuntimeErr"):
+    with pytest.raises(AlignvecError, match=r"none of 3 tile configurations runs a layer here; .* RuntimeErr"):
         tune.search(FIRST, {"block_n": (64, 128)}, lambda config: seconds(Config(16, 64, 64, 4, 3)))
 
 
