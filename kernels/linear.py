@@ -222,7 +222,8 @@ def _pack(
                 tiles.parts(operands),
             )
         )
-        sizes.append(tuple((*own_sizes, i) for own_sizes, i in zip(tiles.sizes(operands), own, strict=True)))
+        steps = [(o.group // max(o.width, 1)).bit_length() - 1 for o in operands]  # log2 of the planes of a group
+        sizes.append(tuple((*s, i, step) for s, i, step in zip(tiles.sizes(operands), own, steps, strict=True)))
         strides = (0 if bias is None else bias.stride(0), *((0, 0) if bias_d is None else bias_d.stride()))
         numbers.append((p.weight.shape[0], column, tile, *p.weight.stride(), *strides))
         packed["VECTORS"] |= len(own) << 8 * j

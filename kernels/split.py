@@ -19,6 +19,7 @@ from alignvec.kernels.tiles import (
     CODES,
     LOSSLESS,
     LOW_RANK,
+    code,
     coefficient,
     dot,
     expand,
@@ -80,8 +81,8 @@ def split_kernel(
     """y[first_part + s, m, :] = the sums above over the s-th part of in_features, each projection in its columns of y.
 
     Of projection j: pointers[j] = weight, bias, bias deltas, columns, parts of each operand; sizes[j] = `tiles.sizes`
-    and the operand's place in columns; numbers[j] = output features, first column of y, first tile, strides of weight
-    [2], bias [1] and bias deltas [2]. VECTORS, SPECS, BIASES: 8, 128 and 2 bits a projection (a bias, bias deltas).
+    with the operand's place in columns and log2 of the planes that share a scale; numbers[j] = output features, first
+    column of y, first tile, strides of weight [2], bias [1] and bias deltas [2]. VECTORS, SPECS, BIASES: 8, 128 and 2 bits a projection (a bias, bias deltas).
     BASE: add the base's part.
     """
     pid = tl.program_id(0)
@@ -219,6 +220,7 @@ def _step(
 ):
     """The sums after BLOCK_K more inputs, which are one plane of each vector that lies in planes."""
     x_rows, x_stride_k, m_mask, w_rows, w_stride_k, n_mask, in_features, offs_n, read, parts, sizes = loads
+    zero = in_features >> 31  # what the compiler does not know to be 0, see `code`
     offs_k = step * BLOCK_K + tl.arange(0, BLOCK_K)
     k, k_mask = offs_k.to(tl.int64), offs_k < in_features
     x = tl.load(x_rows + k[None, :] * x_stride_k, mask=m_mask & k_mask[None, :], other=0.0)
@@ -232,13 +234,13 @@ def _step(
         if kind(SPECS, i) == LOW_RANK:
             total = sums[i]
         elif kind(SPECS, i) == CODES:
-            code = field(SPECS, i, words[i], plane)
+            q = code(SPECS, i, words[i], plane, zero).to(x.dtype)
             if not grouped(SPECS, i):
-                total = dot(x, code.to(x.dtype), sums[i])
+                total = dot(x, q, sums[i])
             else:
-                at = parts[i][1] + offs_n.to(tl.int64) * sizes[i][3] + step * BLOCK_K // sizes[i][2]
+                at = parts[i][1] + offs_n.to(tl.int64) * sizes[i][3] + (step >> sizes[i][5])
                 scale = tl.load(at, mask=read[i], other=0.0).to(tl.float32)
-                total = sums[i] + dot(x, code.to(x.dtype), tl.zeros_like(acc)) * scale[None, :]
+                total = sums[i] + dot(x, q, tl.zeros_like(acc)) * scale[None, :]
         elif kind(SPECS, i) == LOSSLESS:
             d = step_delta(SPECS, i, w, field(SPECS, i, words[i], plane))
             total = dot(x, d.to(w.dtype), sums[i])

@@ -127,12 +127,25 @@ def dot(x, w, acc):
 
 @triton.jit
 def field(SPECS: tl.constexpr, i: tl.constexpr, word, plane):
-    """The fields of one plane of a chunk, int32: a sign, +1 or -1, or a number from `-2^(bits - 1)` up."""
+    """The fields of one plane of a chunk as int32, from `-2^(bits - 1)` up."""
+    mask: tl.constexpr = (1 << bits(SPECS, i)) - 1
+    return ((word >> (plane * bits(SPECS, i))) & mask) - (1 << (bits(SPECS, i) - 1))
+
+
+@triton.jit
+def code(SPECS: tl.constexpr, i: tl.constexpr, word, plane, zero):
+    """The codes of one plane of a chunk as float32: +1 or -1 for a sign, else `field`.
+
+    Put together from bits, for a conversion from integers takes as long as several other steps: a sign is the top bit of
+    1.0, a wider field n the last bits of 2^23 + n. `zero` is 0 in a form that the compiler cannot see through: a mask
+    and a constant become one instruction when the constant is in a register.
+    """
     if bits(SPECS, i) == 1:
-        value = 1 - 2 * ((word >> plane) & 1)
+        value = (((word << (31 - plane)) & -0x80000000) ^ (0x3F800000 + zero)).to(tl.float32, bitcast=True)
     else:
         mask: tl.constexpr = (1 << bits(SPECS, i)) - 1
-        value = ((word >> (plane * bits(SPECS, i))) & mask) - (1 << (bits(SPECS, i) - 1))
+        value = ((word >> (plane * bits(SPECS, i))) & mask) | (0x4B000000 + zero)
+        value = value.to(tl.float32, bitcast=True) - (8388608.0 + (1 << (bits(SPECS, i) - 1)))
     return value
 
 
@@ -166,11 +179,13 @@ def decode(SPECS: tl.constexpr, i: tl.constexpr, parts, sizes, n, k, mask, w, SI
         chunk = k // plane_inputs(SPECS, i)
         plane = k // width(SPECS, i) % (32 // bits(SPECS, i))
         at = at_n * sizes[0] + (chunk * width(SPECS, i) + k % width(SPECS, i))[:, None]
-        value = field(SPECS, i, tl.load(parts[0] + at, mask=mask, other=0), plane[:, None])
+        word = tl.load(parts[0] + at, mask=mask, other=0)
         if kind(SPECS, i) == CODES:
             at = at_n * sizes[3] + (k // sizes[2])[:, None]
-            d = value.to(tl.float32) * tl.load(parts[1] + at, mask=mask, other=0.0).to(tl.float32)
+            scale = tl.load(parts[1] + at, mask=mask, other=0.0).to(tl.float32)
+            d = code(SPECS, i, word, plane[:, None], 0) * scale
         else:
+            value = field(SPECS, i, word, plane[:, None])
             d = step_delta(SPECS, i, w, value)
             if SIDE:
                 outlier = mask & (value == -(1 << (bits(SPECS, i) - 1)))
