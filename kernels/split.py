@@ -82,7 +82,8 @@ def split_kernel(
 
     Of projection j: pointers[j] = weight, bias, bias deltas, columns, parts of each operand; sizes[j] = `tiles.sizes`
     with the operand's place in columns and log2 of the planes that share a scale; numbers[j] = output features, first
-    column of y, first tile, strides of weight [2], bias [1] and bias deltas [2]. VECTORS, SPECS, BIASES: 8, 128 and 2 bits a projection (a bias, bias deltas).
+    column of y, first tile, strides of weight [2], bias [1] and bias deltas [2]. VECTORS, SPECS, BIASES: 8, 128 and 2
+    bits a projection (a bias, bias deltas).
     BASE: add the base's part.
     """
     pid = tl.program_id(0)

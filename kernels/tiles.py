@@ -136,8 +136,8 @@ def field(SPECS: tl.constexpr, i: tl.constexpr, word, plane):
 def code(SPECS: tl.constexpr, i: tl.constexpr, word, plane, zero):
     """The codes of one plane of a chunk as float32: +1 or -1 for a sign, else `field`.
 
-    Put together from bits, for a conversion from integers takes as long as several other steps: a sign is the top bit of
-    1.0, a wider field n the last bits of 2^23 + n. `zero` is 0 in a form that the compiler cannot see through: a mask
+    Put together from bits, for a conversion from integers takes as long as several other steps: a sign is the top bit
+    of 1.0, a wider field n the last bits of 2^23 + n. `zero` is 0 in a form that a compiler cannot see through: a mask
     and a constant become one instruction when the constant is in a register.
     """
     if bits(SPECS, i) == 1:
