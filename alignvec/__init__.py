@@ -10,6 +10,7 @@ from alignvec.convert import convert
 from alignvec.errors import AlignvecError
 from alignvec.extract import extract
 from alignvec.merge import merge
+from alignvec.peft import from_peft, to_peft
 from alignvec.planner.explain import plan
 from alignvec.vector import AlignmentVector, load
 
@@ -22,7 +23,9 @@ __all__ = [
     "check",
     "convert",
     "extract",
+    "from_peft",
     "load",
     "merge",
     "plan",
+    "to_peft",
 ]

@@ -41,7 +41,7 @@ def convert(
     if format == "peft":
         from alignvec.peft import to_peft
 
-        to_peft(given, output, overwrite=overwrite)
+        to_peft(given, output, base, overwrite=overwrite)
         return None
     format = None if format is None else asked_for(format)
     if base is not None:

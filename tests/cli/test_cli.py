@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import alignvec
 from alignvec.cli import main
 from alignvec.recipes import model_path
 from tests.models import tiny
@@ -52,11 +53,11 @@ def av(folder: Path, cli) -> Path:  # type: ignore[no-untyped-def]
     if not (folder / "av").exists():
         status, output, _ = cli("extract", "base", "aligned", "av")
         assert status == 0
-        assert re.search(r"av: \d+ tensors, [\d.]+ KB, norm [\d.]+", output)
+        assert re.search(r"av: \d+ tensors, dense, [\d.]+ KB, norm [\d.]+", output)
     return folder / "av"
 
 
-@pytest.mark.parametrize("verb", ["", "extract", "inspect", "check", "merge", "generate", "demo", "env"])
+@pytest.mark.parametrize("verb", ["", "extract", "convert", "inspect", "check", "merge", "generate", "demo", "env"])
 def test_help_has_an_example(cli, verb: str) -> None:  # type: ignore[no-untyped-def]
     status, output, _ = cli(*([verb] if verb else []), "--help")
     assert status == 0
@@ -70,6 +71,58 @@ def test_inspect_shows_layers_and_cosines(cli, av: Path) -> None:  # type: ignor
     status, output, _ = cli("inspect", "av")
     assert status == 0
     assert "dense" in output
+
+
+FORMATS = ["int8", "int4:group=32", "sign", "lossless", "low-rank:rank=2", "sparse:density=0.2", "auto:0.2"]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_format_is_extracted_inspected_and_merged(cli, folder: Path, tmp_path: Path, format: str) -> None:  # type: ignore[no-untyped-def]
+    made = str(tmp_path / "made")
+    status, output, _ = cli("extract", "base", "aligned", made, "--format", format)
+    assert status == 0
+    assert format.split(":")[0] in output
+    status, output, _ = cli("inspect", made, "--base", "base")
+    assert status == 0
+    lost = "error exact, SNR infinite" if format == "lossless" else r"error \d\.\d\de[-+]\d\d, SNR [\d.]+ dB"
+    assert re.search(lost, output)
+    assert re.search(r"KB of [\d.]+ KB dense \(\d+\.\d%\)", output)
+    status, output, _ = cli("inspect", made, "--tensors")
+    assert status == 0
+    assert "model.layers.0.self_attn.q_proj.weight" in output
+    assert cli("merge", "base", str(tmp_path / "m"), "-v", f"x={made}", "-m", "x=1")[0] == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m").state_dict()
+    aligned = AutoModelForCausalLM.from_pretrained(folder / "aligned").state_dict()
+    exact = [torch.equal(merged[name], value) for name, value in aligned.items()]
+    assert all(exact) == (format == "lossless")
+
+
+def test_inspect_of_lossless_shows_what_it_can(cli, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    for name in ("one", "two"):
+        assert cli("extract", "base", "aligned", str(tmp_path / name), "--format", "lossless")[0] == 0
+    status, output, _ = cli("inspect", str(tmp_path / "one"), str(tmp_path / "two"))
+    assert status == 0
+    assert "--base shows where they act" in output
+    assert "no cosines without --base" in output
+    status, output, _ = cli("inspect", str(tmp_path / "one"), str(tmp_path / "two"), "--base", "base")
+    assert status == 0
+    assert "1.000" in output
+
+
+def test_convert_to_formats_and_adapters(cli, av: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    rank = str(tmp_path / "rank")
+    status, output, _ = cli("convert", "av", rank, "--format", "low-rank:rank=2")
+    assert status == 0
+    assert "low-rank:rank=2" in output
+    adapter = str(tmp_path / "adapter")
+    status, output, errors = cli("convert", rank, adapter, "--format", "peft", "--base", "base")
+    assert (status, errors) == (0, "")
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+    assert cli("convert", adapter, str(tmp_path / "back"), "--base", "base")[0] == 0
+    one, two = alignvec.load(rank), alignvec.load(tmp_path / "back")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert two.format_of(name).name == "low-rank"
+    torch.testing.assert_close(two[name], one[name], rtol=1e-2, atol=1e-7)
 
 
 def test_check_reports_both_and_draws(cli, av: Path, folder: Path) -> None:  # type: ignore[no-untyped-def]
@@ -103,6 +156,12 @@ def test_env_names_the_backends(cli) -> None:  # type: ignore[no-untyped-def]
         ("extract base aligned av", "av"),
         ("extract base aligned out --dtype int8", "int8"),
         ("extract base aligned out --format zip", "zip"),
+        ("extract base aligned out --format int4:group=3", "group"),
+        ("extract base aligned out --format auto:7", "auto:7"),
+        ("convert av out --format zip", "zip"),
+        ("convert av out --format lossless", "none is known"),
+        ("convert av out --format peft", "low-rank"),
+        ("convert base out", "no alignment vector"),
         ("inspect base", "base"),
         ("check other -v av", "another base"),
         ("merge other out -v av -m av=1", "av"),
