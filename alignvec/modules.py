@@ -40,6 +40,7 @@ class Deltas:
         self.operands = list(operands) if stack is None else [dense(row[None]) for row in stack]
         self.specs = [operand.spec for operand in self.operands]
         self.parts = [part for operand in self.operands for part in operand.parts]
+        _static(*self.parts, *(() if stack is None else (stack,)))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Deltas:
         # Vectors are immutable: copies of a model share them until one of the copies moves.
@@ -65,6 +66,13 @@ class Deltas:
             matrix = self.matrix(before)
             kept = [dense(decode(o, matrix).to(after.device)) if o.kind == "lossless" else o for o in self.operands]
             self._take(kept, None)
+
+
+def _static(*tensors: Tensor) -> None:
+    """Tell torch.compile what it knows of parameters: these keep their sizes, and graphs read them where they are."""
+    for tensor in tensors:
+        torch._dynamo.mark_static(tensor)
+        torch._dynamo.mark_static_address(tensor)
 
 
 def _moved(operand: Operand, device: torch.device) -> Operand:
@@ -101,6 +109,7 @@ class Edit:
         self.columns = self.columns.to(device)
         live = self.coefficients.live(device)
         self.table, self.rows = live.table, live.rows
+        _static(self.columns, self.table, self.rows)
         for deltas in self.deltas.values():
             deltas.to(device)
 

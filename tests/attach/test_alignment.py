@@ -122,6 +122,74 @@ def test_materialise_and_restore(model: nn.Module) -> None:
         alignment.materialise()
 
 
+@pytest.mark.parametrize("keep", ["device", "host"])
+def test_materialise_again_in_the_same_buffers(model: nn.Module, keep: str) -> None:
+    """The base is never written to: one mix after another goes to one buffer, and restoring switches back."""
+    vectors = {"a": random_vector(model, 1), "b": random_vector(model, 2)}
+    where = {name: p.data_ptr() for name, p in model.named_parameters()}
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    alignment = alignvec.attach(model, vectors)
+    used = []
+    for mix in ({"a": 0.5}, {"a": -1.0, "b": 0.25}, {}):
+        realised = alignment.materialise(mix or {"a": 0.0}, keep=keep)
+        assert realised == pytest.approx({"a": 0.0, "b": 0.0, **mix}, abs=1e-3)
+        assert alignment.coefficients == {"a": 0.0, "b": 0.0, **mix}
+        truth = merged(model, {}, {})
+        truth.load_state_dict(merged_state(state, vectors, mix))
+        torch.testing.assert_close(logits(model).double(), logits(truth), rtol=1e-4, atol=1e-4)
+        used.append({name: p.data_ptr() for name, p in model.named_parameters()})
+    assert used[0] == used[1] == used[2]
+    assert not set(used[0].values()) & set(where.values())
+    alignment.restore()
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == where
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    alignment.materialise(b=1.0)
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == used[0]
+    alignment.detach()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def merged_state(state: dict, vectors: dict, mix: dict) -> dict:
+    state = {name: value.double() for name, value in state.items()}
+    for label, coefficient in mix.items():
+        for name in vectors[label].names:
+            state[name] += coefficient * vectors[label][name].double()
+    return state
+
+
+def test_a_materialise_that_fails_leaves_the_base(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    alignment = alignvec.attach(model, {"a": random_vector(model, 1)})
+    before = logits(model)
+    with pytest.raises(AlignvecError, match="keep='disk'"):
+        alignment.materialise(a=1.0, keep="disk")
+    with pytest.raises(AlignvecError, match="no vector named 'c'"):
+        alignment.materialise(c=1.0)
+    calls = iter(range(5))
+
+    def fails(*args: object, **options: object) -> None:
+        if next(calls) == 3:
+            raise MemoryError
+
+    monkeypatch.setattr("alignvec.materialised._sample", fails)
+    with pytest.raises(MemoryError):
+        alignment.materialise(a=1.0)
+    alignment.set(a=0.0)
+    assert torch.equal(logits(model), before)
+    alignment.detach()
+    assert torch.equal(logits(model), before)
+
+
+def test_tied_weights_are_materialised_once_and_stay_tied() -> None:
+    model = tiny("Qwen2")
+    vector = random_vector(model, 1)
+    truth = merged(model, {"a": vector}, {"a": 0.5})
+    alignment = alignvec.attach(model, {"a": vector})
+    alignment.materialise(a=0.5)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    torch.testing.assert_close(logits(model).double(), logits(truth), rtol=1e-4, atol=1e-4)
+    alignment.restore()
+
+
 def test_deepcopy_is_independent(alignment: alignvec.Alignment, model: nn.Module) -> None:
     alignment.set(a=1.0)
     live = logits(model)

@@ -39,13 +39,13 @@ CASES = [
     Case(64, 100, 96, 3, rows=2),
 ]
 FORMAT_CASES = [
-    Case(6, 70, 150, k, dtype, rows=rows, format=name, bias=bias)
+    Case(6, 40, 150, k, dtype, rows=rows, format=name, bias=bias)
     for name in (*FORMATS[1:], "mixed")
     for k, rows, bias, dtype in ((1, 1, False, BF16), (3, 3, True, FP16), (8, "random", False, BF16))
 ]
-FORMAT_CASES += [Case(6, 70, 150, 3, FP32, rows=2, format=name) for name in ("int4:32", "sign:row", "mixed")]
+FORMAT_CASES += [Case(6, 40, 150, 3, FP32, rows=2, format=name) for name in ("int4:32", "sign:row", "mixed")]
 FORMAT_CASES += [
-    Case(6, 70, 150, 16, delta=FP32, rows=2, format="mixed", bias=True),
+    Case(6, 40, 150, 16, delta=FP32, rows=2, format="mixed", bias=True),
     Case(40, 33, 600, 9, format="mixed"),
 ]
 
@@ -151,7 +151,7 @@ def test_merged_is_a_stored_merge(name, dtype, name_of_format):
     y = implementation(name)(*args, precision="merged")
     # The mix is summed in float32, so that one weight in thousands rounds to the other neighbour.
     assert relative_error(y, truth) <= 1.05 * relative_error(truth.to(dtype), truth) + 1e-4
-    assert relative_error(y, reference.linear(*args)) > 1.2 * relative_error(y, truth)
+    assert relative_error(y, reference.linear(*args)) > 1.1 * relative_error(y, truth)
 
 
 @pytest.mark.parametrize("name", ["torch-auto", "torch-combine", "triton-combine"])
