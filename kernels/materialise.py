@@ -15,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 
 from alignvec.errors import AlignvecError
-from alignvec.kernels import operands as forms
 from alignvec.kernels import tiles
 from alignvec.kernels.operands import Operand
 
@@ -39,10 +38,11 @@ def choose_config(operands: list[Operand], weight: Tensor) -> Config:
     widths = {o.width for o in coded}
     transposed = weight.stride(0) == 1 and weight.stride(1) != 1
     if any(o.kind == "low-rank" for o in operands):  # factors are read once a tile: large ones
-        return Config(64, 128 if weight.dtype.itemsize == 2 else 64, 8)
+        plain = all(o.kind in ("low-rank", "dense") for o in operands)
+        return Config(64, 128 if plain and weight.dtype.itemsize == 2 else 64, 8)
     if len(widths) == 1 and min(widths) >= 32 and all(o.group % o.width == 0 for o in coded):
         steps = min(16, *(32 // o.bits for o in coded))
-        return Config(min(widths), 64 if transposed else 1024 // min(widths), 8 if transposed else 4, steps, True)
+        return Config(min(widths), 32 if transposed else 1024 // min(widths), 8 if transposed else 4, steps, True)
     size = 2048 if len(operands) <= 8 else 1024
     long = triton.next_power_of_2(weight.shape[0 if transposed else 1])
     if transposed:
@@ -53,40 +53,40 @@ def choose_config(operands: list[Operand], weight: Tensor) -> Config:
 
 
 @triton.jit
-def _codes(SPECS: tl.constexpr, i: tl.constexpr, parts, sizes, n, n_mask, k, k_mask, word, plane, group):
-    """scale * field, float32 [N, K]; a field becomes a float by its bits, without a conversion. `group`: of all k."""
+def _codes(SPECS: tl.constexpr, i: tl.constexpr, word, plane, scale, zero):
+    """`value, factor, offset` with scale * field = value * factor + offset: value float32 [N, K], the others as scale.
+
+    A sign is the top bit of 1.0; a wider field takes the first bits of 1.0's fraction: two instructions without a
+    conversion. `zero` is a 0 that the compiler cannot see: a mask and a constant in a register are one instruction.
+    """
     bits: tl.constexpr = tiles.bits(SPECS, i)
+    one = 0x3F800000 + zero
     if bits == 1:
-        value = (((word << (31 - plane)) & -0x80000000) ^ 0x3F800000).to(tl.float32, bitcast=True)
+        value = ((word << (31 - plane)) & -0x80000000) ^ one
+        factor, offset = scale, scale * 0
     else:
-        field = (word >> (plane * bits)) & ((1 << bits) - 1)
-        value = (field | 0x4B000000).to(tl.float32, bitcast=True) - (0x800000 + (1 << (bits - 1)))  # 2^23 + field
-    at = parts[1] + n * sizes[3]
-    if not tiles.grouped(SPECS, i):
-        scale = tl.load(at, mask=n_mask, other=0.0)
-    elif group is not None:
-        scale = tl.load(at + group, mask=n_mask, other=0.0)
-    else:
-        scale = tl.load(at + k // sizes[2], mask=n_mask & k_mask, other=0.0)
-    return value * scale.to(tl.float32)
+        value = (((word >> (bits * plane)) << (23 - bits)) & (((1 << bits) - 1) << (23 - bits))) | one
+        factor, offset = scale * (1 << bits), scale * (-1.5 * (1 << bits))
+    return value.to(tl.float32, bitcast=True), factor, offset
 
 
 @triton.jit
-def _lossless(SPECS: tl.constexpr, i: tl.constexpr, parts, steps, w, word, plane, mask, cursor):
-    """The delta and the aligned weight, float32 [N, K], and where the side table goes on after this tile, [N, 1]."""
-    lowest: tl.constexpr = -(1 << (tiles.bits(SPECS, i) - 1))
-    step = tiles.field(SPECS, i, word, plane)
-    bits = w.to(tl.int16, bitcast=True).to(tl.int32)
-    bits = (bits ^ ((bits >> 15) & 0x7FFF)) + tl.where(step == lowest, 0, step)
-    bits = bits ^ ((bits >> 15) & 0x7FFF)
-    aligned = bits.to(tl.int16).to(w.dtype, bitcast=True).to(tl.float32)
-    delta = aligned - w.to(tl.float32)
-    if steps > 0:
-        far = mask & (step == lowest)
-        value, cursor = _next(parts[3], cursor, far)
-        delta = tl.where(far, value, delta)
-        aligned = tl.where(far, w.to(tl.float32) + value, aligned)
-    return delta, aligned, cursor
+def _aligned(SPECS: tl.constexpr, i: tl.constexpr, w, word, plane):
+    """W stepped on by the fields, float32 [N, K], and where the field is 0 and the step lies in the side table."""
+    bits: tl.constexpr = tiles.bits(SPECS, i)
+    half: tl.constexpr = 1 << (bits - 1)
+    if w.dtype == tl.bfloat16:  # in the upper half of a float32's bits, which is a bfloat16
+        pattern = w.to(tl.float32).to(tl.int32, bitcast=True)
+        field = ((word >> (bits * plane)) << 16) & (((1 << bits) - 1) << 16)
+        pattern = (pattern ^ ((pattern >> 31) & 0x7FFF0000)) + field - (half << 16)
+        aligned = (pattern ^ ((pattern >> 31) & 0x7FFF0000)).to(tl.float32, bitcast=True)
+    else:
+        pattern = w.to(tl.int16, bitcast=True).to(tl.int32)
+        field = (word >> (plane * bits)) & ((1 << bits) - 1)
+        pattern = (pattern ^ ((pattern >> 15) & 0x7FFF)) + field - half
+        pattern = pattern ^ ((pattern >> 15) & 0x7FFF)
+        aligned = pattern.to(tl.int16).to(w.dtype, bitcast=True).to(tl.float32)
+    return aligned, field == 0
 
 
 @triton.jit
@@ -155,6 +155,18 @@ def _low_half(rest, k, dtype: tl.constexpr):
 
 
 @triton.jit
+def _begin(SPECS: tl.constexpr, i: tl.constexpr, parts, sizes, n, n_mask, first, offs_k, PLANES: tl.constexpr):
+    """What a program keeps of a vector: the words of its inputs [N, K], and its place in the side table [N, 1]."""
+    words, cursor = first, first
+    if PLANES and (tiles.kind(SPECS, i) == tiles.CODES or tiles.kind(SPECS, i) == tiles.LOSSLESS):
+        at = first // tiles.plane_inputs(SPECS, i) * tiles.width(SPECS, i) + offs_k
+        words = tl.load(parts[0] + n * sizes[0] + at, mask=n_mask, other=0)
+    if tiles.kind(SPECS, i) == tiles.LOSSLESS:
+        cursor = _search(parts, sizes[2], n, n_mask, first)
+    return words, cursor
+
+
+@triton.jit
 def materialise_kernel(
     out_ptr,
     low_ptr,
@@ -171,6 +183,7 @@ def materialise_kernel(
     out_stride_n,
     out_stride_k,
     SPECS: tl.constexpr,
+    SIDES: tl.constexpr,
     VECTORS: tl.constexpr,
     PLANES: tl.constexpr,
     STEPS: tl.constexpr,
@@ -192,22 +205,18 @@ def materialise_kernel(
     w_at = w_ptr + n * w_stride_n + (first + offs_k).to(tl.int64) * w_stride_k
     following = tl.load(w_at, mask=inside & (first + offs_k < in_features), other=0.0)
 
-    one_row = tl.load(rows_ptr) == 1
+    in_use = tl.load(rows_ptr)
+    zero = (in_use < 0).to(tl.int32)
     used = tl.full((), 0, tl.int32)
     coefficients, words, cursors = (), (), ()
     for i in tl.static_range(VECTORS):
-        c = tl.where(one_row, tl.load(table_ptr + tl.load(columns_ptr + i)), float("nan"))
-        used += (c != 0).to(tl.int32)
-        coefficients += (c,)
-        word, cursor = first, first
-        n_mask = inside & ((c != 0).to(tl.int32) == 1)  # an integer: the interpreter cannot widen a float's comparison
-        if PLANES and (tiles.kind(SPECS, i) == tiles.CODES or tiles.kind(SPECS, i) == tiles.LOSSLESS):
-            at = first // tiles.plane_inputs(SPECS, i) * BLOCK_K + offs_k
-            word = tl.load(parts[i][0] + n * sizes[i][0] + at, mask=n_mask, other=0)
-        if tiles.kind(SPECS, i) == tiles.LOSSLESS:
-            cursor = _search(parts[i], sizes[i][2], n, n_mask, first)
-        words += (word,)
-        cursors += (cursor,)
+        c_i = tl.where(in_use == 1, tl.load(table_ptr + tl.load(columns_ptr + i)), float("nan"))
+        used += (c_i != 0).to(tl.int32)
+        on = inside & ((c_i != 0).to(tl.int32) == 1)  # an integer: the interpreter cannot widen a float's comparison
+        word_i, cursor_i = _begin(SPECS, i, parts[i], sizes[i], n, on, first, offs_k, PLANES)
+        coefficients += (c_i,)
+        words += (word_i,)
+        cursors += (cursor_i,)
 
     for step in range(STEPS):
         start = first + step * BLOCK_K
@@ -218,7 +227,9 @@ def materialise_kernel(
             next_mask = inside & (k + BLOCK_K < in_features) & (step + 1 < STEPS)
             following = tl.load(w_at + (step + 1) * BLOCK_K * w_stride_k, mask=next_mask, other=0.0)
         edit = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
-        same = w.to(tl.float32)
+        offsets = tl.zeros((BLOCK_N, 1), dtype=tl.float32)
+        base = w.to(tl.float32)
+        same = base
         keep = used == 0
         moved = ()
         for i in tl.static_range(VECTORS):
@@ -238,23 +249,36 @@ def materialise_kernel(
                 if PLANES:
                     word = words[i]
                     plane = first // BLOCK_K % (32 // tiles.bits(SPECS, i)) + step
-                    group = start // sizes[i][2]
                 else:
                     at = k // tiles.plane_inputs(SPECS, i) * tiles.width(SPECS, i) + k % tiles.width(SPECS, i)
                     word = tl.load(parts[i][0] + n * sizes[i][0] + at, mask=mask, other=0)
                     plane = k // tiles.width(SPECS, i) % (32 // tiles.bits(SPECS, i))
-                    group = None
                 if tiles.kind(SPECS, i) == tiles.CODES:
-                    edit += c * _codes(SPECS, i, parts[i], sizes[i], n, n_mask, k, k_mask, word, plane, group)
+                    if PLANES:
+                        at, scale_mask = start >> sizes[i][2], n_mask
+                    else:
+                        at, scale_mask = k >> sizes[i][2], mask
+                    scale = tl.load(parts[i][1] + n * sizes[i][3] + at, mask=scale_mask, other=0.0).to(tl.float32) * c
+                    value, factor, offset = _codes(SPECS, i, word, plane, scale, zero)
+                    edit += value * factor
+                    if PLANES:
+                        offsets += offset
+                    else:
+                        edit += offset
                 else:
-                    delta, aligned, cursor = _lossless(SPECS, i, parts[i], sizes[i][2], w, word, plane, mask, cursor)
+                    aligned, far = _aligned(SPECS, i, w, word, plane)
+                    value = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+                    if (SIDES >> i) & 1:
+                        value, cursor = _next(parts[i][3], cursor, far & mask)
+                    delta = tl.where(far, value, aligned - base)
                     edit += c * delta
-                    alone = ((c == 1).to(tl.int32) == 1) & (used == 1)
-                    same = tl.where(alone, aligned, same)
-                    keep = keep | alone
+                    if ((c == 1).to(tl.int32) == 1) & (used == 1):  # exact but for the sign of a zero
+                        same = base + delta
+                        same = tl.where((same == 0) & (aligned == 0), aligned, same)
+                        keep = used == 1
             moved += (cursor,)
         cursors = moved
-        mix = tl.where(keep, same, same + edit)
+        mix = tl.where(keep, same, base + (edit + offsets))
         out_mask = inside & k_mask
         out_at = n * out_stride_n + k.to(tl.int64) * out_stride_k
         out = mix.to(out_ptr.dtype.element_ty)
@@ -262,6 +286,12 @@ def materialise_kernel(
         if low_ptr is not None:
             low = _low_half(mix - out.to(tl.float32), k, low_ptr.dtype.element_ty)
             tl.store(low_ptr + out_at, low, mask=out_mask)
+
+
+def _sizes(operands: list[Operand]) -> tuple[tuple[int, int, int, int], ...]:
+    """Those of `tiles`, but of codes the logarithm of the inputs that share a scale."""
+    sizes = zip(operands, tiles.sizes(operands), strict=True)
+    return tuple((a, b, o.group.bit_length() - 1 if o.kind == "codes" else c, d) for o, (a, b, c, d) in sizes)
 
 
 def materialise(
@@ -277,9 +307,9 @@ def materialise(
 ) -> Tensor:
     """Write `W + sum_i c_i D_i`, rounded once, to `out`, and what that rounding lost to `low`; returns `out`.
 
-    weight, out, low [out, in], all float32, bfloat16 or float16, any strides; columns int32 [k], table float32
-    [max_rows, n_vectors], rows int32 [1]. c_i is `table[0, columns[i]]`, read on the device; all is NaN where more
-    rows than one are in use, which have no one mix. `out + low` is the mix to within 2^-17. Deterministic.
+    weight, out, low [out, in] (a bias is one row), all float32, bfloat16 or float16, any strides; columns int32 [k],
+    table float32 [max_rows, n_vectors], rows int32 [1]. c_i is `table[0, columns[i]]`, read on the device; all is NaN
+    where more rows than one are in use, which have no one mix. `out + low` is the mix to within 2^-17. Deterministic.
 
     Raises:
         AlignvecError: more than 16 vectors, `out` or `low` of another shape or dtype, or in the weight's own storage.
@@ -306,12 +336,13 @@ def materialise(
             table,
             rows,
             tiles.parts(operands),
-            tiles.sizes(operands),
+            _sizes(operands),
             out_features,
             in_features,
             *weight.stride(),
             *out.stride(),
             SPECS=tiles.specs(operands),
+            SIDES=sum(1 << i for i, o in enumerate(operands) if o.kind == "lossless" and o.parts[3].numel()),
             VECTORS=len(operands),
             PLANES=config.planes,
             STEPS=config.steps,
@@ -319,20 +350,4 @@ def materialise(
             BLOCK_N=config.block_n,
             num_warps=config.num_warps,
         )
-    return out
-
-
-def materialise_vector(
-    weight: Tensor,
-    deltas: Tensor,
-    columns: Tensor,
-    table: Tensor,
-    rows: Tensor,
-    *,
-    out: Tensor,
-    low: Tensor | None = None,
-) -> Tensor:
-    """`materialise` for a bias or a norm's weight: weight, out, low [features], deltas [k, features]."""
-    stack = [forms.dense(delta[None]) for delta in deltas]
-    materialise(weight[None], stack, columns, table, rows, out=out[None], low=None if low is None else low[None])
     return out

@@ -18,7 +18,7 @@ from alignvec.errors import AlignvecError
 from alignvec.kernels import tiles
 
 MAX_VECTORS = 16
-MAX_FEATURES = 1 << 16  # a token's features lie in the registers of one program
+MAX_FEATURES = 1 << 15  # a token's features lie in the registers of one program
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -101,7 +101,7 @@ def rms_norm(
     that store their weight less 1 (Gemma's).
 
     Raises:
-        AlignvecError: more than 16 vectors or 65,536 features.
+        AlignvecError: more than 16 vectors or 32,768 features.
     """
     return _norm(x, weight, None, deltas, None, columns, table, rows, token_rows, eps, offset, False)
 
@@ -156,7 +156,7 @@ def _norm(
     block_d = triton.next_power_of_2(features)
     # With many tokens, several of them share what a program loads of the weights; few fill the chip one by one.
     block_t = max(1, (8192 if tokens >= 4096 else 2048) // block_d)
-    warps = min(max(block_t * block_d // 1024, 1), 16 if block_d <= 32768 else 32)
+    warps = min(max(block_t * block_d // 1024, 1), 16 if block_d < 32768 else 32)
     with torch.cuda.device_of(x):
         norm_kernel[(triton.cdiv(tokens, block_t),)](
             y,

@@ -5,7 +5,7 @@ import torch
 
 from alignvec.errors import AlignvecError
 from alignvec.kernels import operands
-from alignvec.kernels.materialise import Config, materialise, materialise_vector
+from alignvec.kernels.materialise import Config, materialise
 from tests.kernels.cases import BF16, DEVICE, FORMATS, FP16, FP32, Case, assert_one_rounding, operand
 
 ID = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}.get
@@ -184,11 +184,12 @@ def test_no_vectors():
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=ID)
-def test_vector(dtype):
-    weight, deltas = torch.randn(77, device=DEVICE).to(dtype), torch.randn(3, 77, device=DEVICE).to(dtype)
+def test_bias(dtype):
+    weight, deltas = torch.randn(1, 77, device=DEVICE).to(dtype), torch.randn(3, 77, device=DEVICE).to(dtype)
     table, rows = torch.randn(2, 4, device=DEVICE), torch.ones(1, dtype=torch.int32, device=DEVICE)
     columns = torch.tensor([3, 0, 1], dtype=torch.int32, device=DEVICE)
-    out = materialise_vector(weight, deltas, columns, table, rows, out=_poisoned(weight))
+    vectors = [operands.dense(delta[None]) for delta in deltas]
+    out = materialise(weight, vectors, columns, table, rows, out=_poisoned(weight))
     assert_one_rounding(out, weight.double() + table[0, columns].double() @ deltas.double())
 
 
