@@ -70,6 +70,7 @@ class _Leaf:
             return torch.empty(0)
         encoded, rows = self._rows(name, first, last)
         base = self._base_rows(name, first, last)
+        base = None if base is None else base.to(next(iter(encoded.parts.values())).device)
         try:
             decoded = formats.decode(encoded, base, rows)
         except AlignvecError as error:

@@ -61,16 +61,17 @@ def extract(
     left, right = open_source(base), open_source(aligned)
     plan = match(left, right, None if dtype is None else parse_dtype(dtype))
     source: dict[str, Any] = {"base": left.label, "aligned": right.label}
-    vector = None if format == "dense" else _survey(left, right, plan, format, source, progress)
     if output is None:
-        if vector is not None:
+        if format != "dense":
+            vector = _survey(left, right, plan, format, source, progress)
             return encoded_in_memory(vector, format, _kept(plan), aligned=right, progress=progress)
         memory = _MemoryWriter()
         identity, tally, errors = _stream(left, right, plan, memory, progress)
         return AlignmentVector(memory.tensors, identity, format=format, source=source | tally, errors=errors)
     inputs = [side.checkpoint.path for side in (left, right) if isinstance(side, StoredSource)]
     with output_folder(output, overwrite=overwrite, inputs=inputs) as folder:
-        if vector is not None:
+        if format != "dense":
+            vector = _survey(left, right, plan, format, source, progress)
             write_encoded(folder, vector, format, _kept(plan), max_shard_size, aligned=right, progress=progress)
         else:
             with ShardWriter(folder, STEM, plan.stored, max_shard_size) as writer:

@@ -10,7 +10,7 @@ from alignvec.checkpoint import Checkpoint, TensorInfo
 from alignvec.deltas import key
 from alignvec.description import STEM
 from alignvec.formats import Encoded
-from alignvec.writer import ShardWriter
+from alignvec.writer import ShardWriter, parse_size
 
 STEP = 1 << 22  # bytes copied at a time
 
@@ -23,7 +23,7 @@ class Spool:
     """
 
     def __init__(self, folder: Path, max_shard_size: int | str) -> None:
-        self.folder, self.limit = folder, max_shard_size
+        self.folder, self.limit = folder, parse_size(max_shard_size)
         self._path = folder / f"{STEM}.parts"
         self._file = self._path.open("wb")
         self._parts: dict[str, TensorInfo] = {}

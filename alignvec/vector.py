@@ -114,8 +114,9 @@ class AlignmentVector:
     def with_base(self, base: str | Path | nn.Module | Source, *, verify: bool = True) -> AlignmentVector:
         """The same vector, its lossless deltas read as steps from the values of ``base``: a checkpoint or a live model.
 
-        ``verify`` compares the tensors in question with the base's checksums that the vector carries. Raises
-        AlignvecError for a base without those tensors, or with other values.
+        A live model's values are read when a delta is: they have to stay as they are. ``verify`` compares the tensors
+        in question with the base's checksums that the vector carries. Raises AlignvecError for a base without those
+        tensors, or with other values.
         """
         source = base if isinstance(base, (StoredSource, LiveSource)) else open_source(base)  # type: ignore[arg-type]
         names = _live_names(base, self.names) if isinstance(base, nn.Module) else None

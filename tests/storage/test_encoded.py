@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -301,3 +302,22 @@ def test_formats_that_do_not_exist(pair: tuple[Path, Path], tmp_path: Path, form
         with pytest.raises(AlignvecError, match="format"):
             call()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["aligned", "base"]
+
+
+def test_an_occupied_output_is_refused_before_anything_is_read(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vector = extract(*pair)
+
+    def read(*arguments: object) -> None:
+        raise AssertionError("nothing should be read")
+
+    monkeypatch.setattr(sys.modules["alignvec.extract"], "_survey", read)
+    monkeypatch.setattr(sys.modules["alignvec.encoding"], "encode_all", read)
+    for call in (
+        lambda: extract(*pair, format="int4", output=pair[0]),
+        lambda: convert(vector, pair[0], "int4"),
+        lambda: convert(vector, tmp_path / "v", "int4", max_shard_size="much"),
+    ):
+        with pytest.raises(AlignvecError, match=r"not an empty folder|max_shard_size"):
+            call()
