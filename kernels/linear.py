@@ -4,34 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import triton
 from torch import Tensor
 
 from alignvec.errors import AlignvecError
-from alignvec.kernels import configs, tiles, tiling
+from alignvec.kernels import configs, packing, tiles, tiling
 from alignvec.kernels.combine import combine_kernel
 from alignvec.kernels.configs import Config
 from alignvec.kernels.materialise import materialise
 from alignvec.kernels.operands import Operand
+from alignvec.kernels.packing import Entry, Projection
 from alignvec.kernels.shrink import shrink_kernel
 from alignvec.kernels.split import split_kernel, sum_kernel
 
 MAX_VECTORS = 16
-
-
-@dataclass(frozen=True)
-class Projection:
-    """One linear layer: weight [out, in], bias [out], an operand for each vector, bias deltas [k, out], columns [k]."""
-
-    weight: Tensor
-    bias: Tensor | None
-    operands: Sequence[Operand]
-    bias_deltas: Tensor | None
-    columns: Tensor
 
 
 def linear(
@@ -117,28 +109,27 @@ def _split(
 ) -> None:
     (tokens, in_features), table = x.shape, coefficients[0]
     projections, rank_parts = _shrunk(x, projections)
-    launches = [(key, _config("split", x, projections, key, config)) for key in _plane_keys(projections)]
-    count = sum(c.split_k for _, c in launches)
-    parts = y if count == 1 else torch.empty(count, *y.shape, dtype=torch.float32, device=x.device)
-    first = 0
-    for number, (key, c) in enumerate(launches):
-        chosen = [_members(p, key, with_plain=number == 0) for p in projections]
-        arguments, constants, tiles_n = _pack(projections, chosen, c.block_n)
-        split_kernel[(tiles_n, triton.cdiv(tokens, c.block_m), c.split_k)](
-            *(parts, x, *arguments, *coefficients, tokens, in_features, parts.stride(-2), *x.stride(), table.stride(0)),
-            first,
-            PROJECTIONS=len(projections),
-            **constants,
-            BASE=number == 0,
-            PLANES=32 // key[0] if key[0] else 1,
-            RANK_PARTS=rank_parts,
-            SPLIT_K=c.split_k,
-            **_blocks(c),
-        )
-        first += c.split_k
-    if count > 1:
+    found = packing.entries(projections)
+    c = _config("split", x, projections, found, config)
+    arguments, constants, tiles_n = packing.pack(found, c.block_n, c.block_k, c.split_k)
+    counts = tuple(Counter(e.number for e in found)[n] * c.split_k for n in range(len(projections)))
+    most = max(counts)
+    parts = y if most == 1 else torch.empty(most, *y.shape, dtype=torch.float32, device=x.device)
+    split_kernel[(tiles_n, triton.cdiv(tokens, c.block_m), c.split_k)](
+        *(parts, x, *arguments, *coefficients, tokens, in_features, parts.stride(-2), *x.stride(), table.stride(0)),
+        **constants,
+        RANK_PARTS=rank_parts,
+        BLOCK_M=c.block_m,
+        BLOCK_N=c.block_n,
+        SPLIT_K=c.split_k,
+        num_warps=c.num_warps,
+        num_stages=c.num_stages,
+    )
+    if most > 1:
+        ends = tuple(itertools.accumulate(p.weight.shape[0] for p in projections))
         grid = (triton.cdiv(y.shape[1], 1024), tokens)
-        sum_kernel[grid](y, parts, y.stride(0), y.shape[1], tokens, count, BLOCK=1024)
+        sizes = (y.stride(0), y.shape[1], tokens)
+        sum_kernel[grid](y, parts, *sizes, ends, counts, PROJECTIONS=len(projections), BLOCK=1024)
 
 
 def _combine(
@@ -151,18 +142,22 @@ def _combine(
 ) -> None:
     (tokens, in_features), table = x.shape, coefficients[0]
     (projection,), rank_parts = _shrunk(x, [projection])
-    c = _config("combine", x, [projection], chosen=config)
-    (pointers, sizes, numbers), constants, tiles_n = _pack([projection], [range(len(projection.operands))], c.block_n)
-    del constants["VECTORS"]
-    combine_kernel[(triton.cdiv(tokens, c.block_m) * tiles_n,)](
-        *(y, x, pointers[0], sizes[0], numbers[0], *coefficients, tokens, in_features, y.stride(0), *x.stride()),
-        table.stride(0),
-        VECTORS=len(projection.operands),
-        **constants,
+    c = _config("combine", x, [projection], packing.entries([projection]), config)
+    k = len(projection.operands)
+    arguments = packing.layer(projection, range(k), 0, 0, 0)
+    combine_kernel[(triton.cdiv(tokens, c.block_m) * triton.cdiv(y.shape[1], c.block_n),)](
+        *(y, x, *arguments, *coefficients, tokens, in_features, y.stride(0), *x.stride(), table.stride(0)),
+        VECTORS=k,
+        SPECS=tiles.specs(list(projection.operands)),
+        BIASES=packing.biases(projection),
         MERGED=not exact,
         RANK_PARTS=rank_parts,
+        BLOCK_M=c.block_m,
+        BLOCK_N=c.block_n,
+        BLOCK_K=c.block_k,
         GROUP_M=8,
-        **_blocks(c),
+        num_warps=c.num_warps,
+        num_stages=c.num_stages,
     )
 
 
@@ -187,51 +182,6 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
     if x.is_cuda and x.dtype == weight.dtype and x.dtype != torch.float32:
         return torch.mm(x, weight.t(), out_dtype=torch.float32)
     return x.float() @ weight.float().t()
-
-
-Key = tuple[int, int]  # bits and width of the fields that a launch takes; (0, 0): none
-
-
-def _plane_keys(projections: Sequence[Projection]) -> list[Key]:
-    """A launch each. The first has the base and what lies in no planes; lossless leads, for it needs the base."""
-    coded = [o for p in projections for o in p.operands if o.width]
-    coded.sort(key=lambda o: o.kind != "lossless")
-    return list(dict.fromkeys((o.bits, o.width) for o in coded)) or [(0, 0)]
-
-
-def _members(projection: Projection, key: Key, with_plain: bool) -> list[int]:
-    return [i for i, o in enumerate(projection.operands) if (o.bits, o.width) == key or (with_plain and not o.width)]
-
-
-def _pack(
-    projections: Sequence[Projection], chosen: Sequence[Sequence[int]], block_n: int
-) -> tuple[tuple[tuple[object, ...], ...], dict[str, int], int]:
-    """pointers, sizes and numbers of the kernels, their packed constants, and the tiles of outputs there are in all."""
-    pointers, sizes, numbers = [], [], []
-    packed = {"VECTORS": 0, "SPECS": 0, "BIASES": 0}
-    column = tile = 0
-    for j, (p, own) in enumerate(zip(projections, chosen, strict=True)):
-        operands = [p.operands[i] for i in own]
-        bias, bias_d = p.bias, p.bias_deltas
-        pointers.append(
-            (
-                p.weight,
-                p.weight if bias is None else bias,
-                p.weight if bias_d is None else bias_d,
-                p.columns,
-                tiles.parts(operands),
-            )
-        )
-        steps = [(o.group // max(o.width, 1)).bit_length() - 1 for o in operands]  # log2 of the planes of a group
-        sizes.append(tuple((*s, i, step) for s, i, step in zip(tiles.sizes(operands), own, steps, strict=True)))
-        strides = (0 if bias is None else bias.stride(0), *((0, 0) if bias_d is None else bias_d.stride()))
-        numbers.append((p.weight.shape[0], column, tile, *p.weight.stride(), *strides))
-        packed["VECTORS"] |= len(own) << 8 * j
-        packed["SPECS"] |= tiles.specs(operands) << 128 * j
-        packed["BIASES"] |= ((bias is not None) | (bias_d is not None) << 1) << 2 * j
-        column += p.weight.shape[0]
-        tile += triton.cdiv(p.weight.shape[0], block_n)
-    return (tuple(pointers), tuple(sizes), tuple(numbers)), packed, tile
 
 
 def _shrunk(x: Tensor, projections: Sequence[Projection]) -> tuple[list[Projection], int]:
@@ -268,29 +218,26 @@ def _shrunk(x: Tensor, projections: Sequence[Projection]) -> tuple[list[Projecti
 
 
 def _config(
-    execution: str, x: Tensor, projections: Sequence[Projection], key: Key = (0, 0), chosen: Config | None = None
+    execution: str, x: Tensor, projections: Sequence[Projection], found: Sequence[Entry], chosen: Config | None
 ) -> Config:
-    """The tiles that the caller, the GPU's tuned table or the shape asks for; planes set the inputs of a step."""
+    """The tiles that the caller, the GPU's tuned table or the shape asks for."""
+    if chosen is not None:
+        return chosen
     tokens, in_features = x.shape
     outs = sum(p.weight.shape[0] for p in projections)
-    operands = [o for p in projections for o in p.operands]
     weight = projections[0].weight.dtype
-    bits, width = key
-    if chosen is None and x.is_cuda:
+    if x.is_cuda:
         specs = [o.spec for o in projections[0].operands]
         name = torch.cuda.get_device_name(x.device)
-        chosen = configs.lookup(name, execution, specs, str(weight).removeprefix("torch."), tokens, outs, in_features)
-    if chosen is None:
-        plain = [o.parts[-1].dtype for o in operands if o.kind in ("dense", "sparse")]
-        weights = functools.reduce(torch.promote_types, plain, weight)
-        k = max(1, *(len(p.operands) for p in projections))
-        if execution == "combine":
-            return tiling.combine_config(k, x.dtype, weights, plain=all(o.kind == "dense" for o in operands))
-        planes = 32 // bits if bits else 1
-        return tiling.split_config(tokens, outs, in_features, k, x.dtype, weights, planes, width)
-    return replace(chosen, block_k=width or chosen.block_k)
-
-
-def _blocks(c: Config) -> dict[str, int]:
-    blocks = {"BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "BLOCK_K": c.block_k}
-    return blocks | {"num_warps": c.num_warps, "num_stages": c.num_stages}
+        tuned = configs.lookup(name, execution, specs, str(weight).removeprefix("torch."), tokens, outs, in_features)
+        if tuned is not None:
+            return tuned
+    operands = [o for p in projections for o in p.operands]
+    stored = [o.parts[-1].dtype for o in operands if o.kind in ("dense", "sparse")]
+    weights = functools.reduce(torch.promote_types, stored, weight)
+    if execution == "combine":
+        plain = all(o.kind == "dense" for o in operands)
+        return tiling.combine_config(len(projections[0].operands), x.dtype, weights, plain)
+    k = max(len(e.own) for e in found)
+    width = min((e.width for e in found if e.width), default=0)
+    return tiling.split_config(tokens, outs, in_features, k, x.dtype, weights, width)

@@ -49,7 +49,7 @@ def reads_base(SPECS, VECTORS):
     return any(kind(SPECS, i) == LOSSLESS.value for i in range(VECTORS))
 
 
-@triton.jit(do_not_specialize=["tokens", "first_part"])
+@triton.jit(do_not_specialize=["tokens"])
 def split_kernel(
     y_ptr,
     x_ptr,
@@ -65,56 +65,58 @@ def split_kernel(
     x_stride_m,
     x_stride_k,
     table_stride,
-    first_part,
-    PROJECTIONS: tl.constexpr,
+    ENTRIES: tl.constexpr,
     VECTORS: tl.constexpr,
     SPECS: tl.constexpr,
     BIASES: tl.constexpr,
-    BASE: tl.constexpr,
-    PLANES: tl.constexpr,
+    BASES: tl.constexpr,
+    STEPS: tl.constexpr,
     RANK_PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
 ):
-    """y[first_part + s, m, :] = the sums above over the s-th part of in_features, each projection in its columns of y.
+    """y[part + s, m, columns] = the sums above over the s-th part of in_features, for each entry.
 
-    Of projection j: pointers[j] = weight, bias, bias deltas, columns, parts of each operand; sizes[j] = `tiles.sizes`
-    with the operand's place in columns and log2 of the planes that share a scale; numbers[j] = output features, first
-    column of y, first tile, strides of weight [2], bias [1] and bias deltas [2]. VECTORS, SPECS, BIASES: 8, 128 and 2
-    bits a projection (a bias, bias deltas).
-    BASE: add the base's part.
+    An entry is a projection with some of its vectors, those of one plane width, few enough for their sums to stay in
+    registers; the first of a projection has the base. All entries run side by side, each with programs of its own.
+
+    Of entry j: pointers[j] = weight, bias, bias deltas, columns, parts of each operand; sizes[j] = `tiles.sizes` with
+    the operand's place in columns and log2 of the planes that share a scale; numbers[j] = output features, first column
+    of y, first tile, strides of weight [2], bias [1] and bias deltas [2], first part. VECTORS, SPECS, BIASES, BASES: 8,
+    32, 2 and 1 bits an entry (a bias, bias deltas; the base). STEPS: log2 of the planes and of a step's inputs, 4 bits
+    each.
     """
     pid = tl.program_id(0)
     shared = (x_ptr, x_stride_m, x_stride_k, table_ptr, table_stride, rows_ptr, token_rows_ptr, tokens, in_features)
-    out = (y_ptr, y_stride, first_part)
-    for j in tl.static_range(PROJECTIONS):
+    for j in tl.static_range(ENTRIES):
         tile = pid - numbers[j][2]
-        if PROJECTIONS == 1 or (tile >= 0) & (tile < tl.cdiv(numbers[j][0], BLOCK_N)):
+        if ENTRIES == 1 or (tile >= 0) & (tile < tl.cdiv(numbers[j][0], BLOCK_N)):
             _tile(
-                out,
+                y_ptr,
+                y_stride,
                 shared,
                 pointers[j],
                 sizes[j],
                 numbers[j],
                 tile,
                 slot(VECTORS, 8, j),
-                slot(SPECS, 128, j),
+                slot(SPECS, 32, j),
                 slot(BIASES, 2, j),
-                BASE,
-                PLANES,
+                slot(BASES, 1, j),
+                1 << slot(STEPS, 4, 2 * j),
                 RANK_PARTS,
                 BLOCK_M,
                 BLOCK_N,
-                BLOCK_K,
+                1 << slot(STEPS, 4, 2 * j + 1),
                 SPLIT_K,
             )
 
 
 @triton.jit
 def _tile(
-    out,
+    y_ptr,
+    y_stride,
     shared,
     pointers,
     sizes,
@@ -131,7 +133,6 @@ def _tile(
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
 ):
-    y_ptr, y_stride, first_part = out
     x_ptr, x_stride_m, x_stride_k, table_ptr, table_stride, rows_ptr, token_rows_ptr, tokens, in_features = shared
     w_ptr, bias_ptr, bias_d_ptr, columns_ptr, parts = pointers
     out_features = numbers[0]
@@ -187,7 +188,7 @@ def _tile(
         acc += c[:, None] * edit
     if slot(BIASES, 1, 0) and BASE:
         acc += tl.load(bias_ptr + n * numbers[5], mask=n_mask & once, other=0.0).to(tl.float32)[None, :]
-    y = y_ptr + ((first_part + pid_s) * tokens.to(tl.int64) + offs_m[:, None]) * y_stride + (numbers[1] + n)[None, :]
+    y = y_ptr + ((numbers[8] + pid_s) * tokens.to(tl.int64) + offs_m[:, None]) * y_stride + (numbers[1] + n)[None, :]
     tl.store(y, acc.to(y_ptr.dtype.element_ty), mask=m_mask & n_mask[None, :])
 
 
@@ -252,16 +253,20 @@ def _step(
     return acc, after
 
 
-@triton.jit(do_not_specialize=["tokens", "count"])
-def sum_kernel(y_ptr, parts_ptr, y_stride, columns, tokens, count, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["tokens"])
+def sum_kernel(
+    y_ptr, parts_ptr, y_stride, columns, tokens, ends, counts, PROJECTIONS: tl.constexpr, BLOCK: tl.constexpr
+):
     """y[m, n] = sum_s parts[s, m, n], in order of s: split-K without atomics is deterministic.
 
-    Bytes: 4 count tokens columns, and y's.
+    Columns up to ends[j] have counts[j] parts. Bytes: 4 tokens columns counts, and y's.
     """
     m = tl.program_id(1).to(tl.int64)
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < columns
+    count = tl.zeros((BLOCK,), tl.int32)
+    for j in tl.static_range(PROJECTIONS):
+        count = tl.where((count == 0) & (offs < ends[j]), counts[j], count)
     acc = tl.zeros((BLOCK,), dtype=tl.float32)
-    for s in range(count):
-        acc += tl.load(parts_ptr + (s * tokens.to(tl.int64) + m) * columns + offs, mask=mask, other=0.0)
-    tl.store(y_ptr + m * y_stride + offs, acc.to(y_ptr.dtype.element_ty), mask=mask)
+    for s in range(tl.max(count, axis=0)):
+        acc += tl.load(parts_ptr + (s * tokens.to(tl.int64) + m) * columns + offs, mask=s < count, other=0.0)
+    tl.store(y_ptr + m * y_stride + offs, acc.to(y_ptr.dtype.element_ty), mask=offs < columns)

@@ -275,7 +275,7 @@ def expand(x_ptr, parts, sizes, offs_m, tokens, n, mask, acc, RANK_PARTS: tl.con
         r = start + tl.arange(0, block)
         r_mask = r < rank
         t = tl.zeros((offs_m.shape[0], block), tl.float32)
-        for s in tl.static_range(RANK_PARTS):
+        for s in range(RANK_PARTS):
             at = parts[0] + (s * tokens.to(tl.int64) + m) * rank + r[None, :]
             t += tl.load(at, mask=m_mask & r_mask[None, :], other=0.0)
         at = parts[1] + n[None, :] * sizes[3] + r[:, None]

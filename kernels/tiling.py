@@ -24,27 +24,26 @@ def split_config(
     k: int,
     dtype: torch.dtype,
     weights: torch.dtype,
-    planes: int = 1,
     width: int = 0,
     hip: bool = torch.version.hip is not None,
 ) -> Config:
     """The launch of `split` for activations [tokens, in_features] of `dtype`, a base and `k` vectors up to `weights`.
 
-    planes, width: of the vectors that lie in bit planes. Tiles read full 128-byte lines of the weights. The sums, and
-    the words that wait for their plane, stay under about 128 registers a thread and stages under 96 KiB of shared
-    memory (64 on AMD), so that two blocks share a multiprocessor.
+    k: vectors of an entry. width: of the bit planes that vectors lie in, if any do. Tiles read full 128-byte lines of
+    the weights. The sums, and the words that wait for their plane, stay under about 128 registers a thread and stages
+    under 96 KiB of shared memory (64 on AMD), so that two blocks share a multiprocessor.
     """
     shared = 64 << 10 if hip else 96 << 10
     itemsize = dtype.itemsize if dtype == weights else 4
     block_k = width or 128 // itemsize
     warps = 4
-    if k == 1 and tokens > DECODE_TOKENS and itemsize == 2 and planes == 1:
+    if k == 1 and tokens > DECODE_TOKENS and itemsize == 2 and not width:
         block_m, block_n, block_k, warps = 128, 128, 32, 8
     else:
         block_m = min(max(triton.next_power_of_2(tokens), 16), 32 if itemsize == 4 else 64)
-        block_n = 64 if k == 1 else 32 if k <= 4 else 16
-        warps = 8 if block_m == 64 or dtype == torch.float32 or k > 8 else 4
-    loaded = 1 if planes > 1 else k + 1
+        block_n = 64 if k <= 1 else 32
+        warps = 8 if block_m == 64 or dtype == torch.float32 else 4
+    loaded = 1 if width else k + 1
     stage = (loaded * block_n + block_m) * block_k * itemsize
     # One of the stages is in registers, unless the matrix instruction reads shared memory by itself.
     stages = max(2, min(4, shared // stage + (block_m < 64)))
