@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,8 +14,9 @@ from alignvec import planner, prepack
 from alignvec.alignment import Alignment, Swap
 from alignvec.coefficients import Coefficients
 from alignvec.errors import AlignvecError
+from alignvec.fused import fuse as fuse_siblings
 from alignvec.kernels.operands import Operand, dense
-from alignvec.modules import Deltas, Edit, view
+from alignvec.modules import AlignedLinear, Deltas, Edit, view
 from alignvec.names import Delta, live_deltas, parameter_names, parameter_value
 from alignvec.vector import AlignmentVector
 from alignvec.verify import verify_base
@@ -32,6 +33,7 @@ def attach(
     precision: str = "exact",
     execution: str = "auto",
     backend: str = "auto",
+    fuse: bool | None = None,
 ) -> Alignment:
     """Attach alignment vectors to a transformers causal language model, in place, with all coefficients 0.
 
@@ -48,6 +50,8 @@ def attach(
             model's dtype gives, where all rows share a mix.
         execution: "split" (one dot per vector), "combine" (the mix formed per tile) or "auto".
         backend: "triton", "torch" or "auto".
+        fuse: compute sibling layers that read one tensor (q, k and v; gate and up) in one launch each. By default where
+            Triton runs them.
 
     Raises:
         AlignvecError: vectors are attached already, none or too many are given, another base (the message names the
@@ -74,7 +78,10 @@ def attach(
     # Normal tensors even when the caller is in inference mode: later steps may need gradients.
     with torch.inference_mode(False), torch.no_grad():
         walk = _Walk(model, names, deltas, max_rows, tuple(loaded), (execution, precision, backend))
-        return Alignment(model, walk.coefficients, walk.swaps(), backend)
+        swaps = walk.swaps()
+        if fuse or (fuse is None and planner.resolve_backend(walk.device.type, backend) == "triton"):
+            _fuse(swaps)
+        return Alignment(model, walk.coefficients, swaps, backend)
 
 
 class _Walk:
@@ -90,9 +97,9 @@ class _Walk:
         choices: tuple[str, str, str],
     ) -> None:
         self.model, self.names, self.deltas, self.choices = model, names, deltas, choices
-        device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
-        planner.resolve_backend(device.type, choices[2])
-        self.coefficients = Coefficients(vectors, max_rows, device)
+        self.device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+        planner.resolve_backend(self.device.type, choices[2])
+        self.coefficients = Coefficients(vectors, max_rows, self.device)
         self._made: dict[tuple[str, tuple[int, ...], bool], Deltas] = {}
 
     def swaps(self) -> list[Swap]:
@@ -142,6 +149,17 @@ class _Walk:
                 ]
                 self._made[key] = Deltas(operands, transposed=transposed)
         return self._made[key]
+
+
+def _fuse(swaps: Sequence[Swap]) -> None:
+    children: dict[nn.Module, dict[str, AlignedLinear]] = defaultdict(dict)
+    for swap in swaps:
+        own_forward = type(swap.aligned).forward is AlignedLinear.forward
+        if isinstance(swap.aligned, AlignedLinear) and own_forward and len(swap.places) == 1:
+            ((parent, name),) = swap.places
+            children[parent][name] = swap.aligned
+    for named in children.values():
+        fuse_siblings(named)
 
 
 def _stacked(read: Mapping[int, Delta], value: torch.Tensor, k: int, device: torch.device) -> Deltas:

@@ -163,6 +163,10 @@ class Coefficients:
                     self._staged[device].copy_to(live)
                     self._published[device] = self._version
 
+    def published(self, device: torch.device) -> int:
+        """A number that changes when the live table does."""
+        return self._published.get(device, -1)
+
     def _stage(self, device: torch.device) -> None:
         self._staged[device].copy_(self._host, len(self.mixes))
 

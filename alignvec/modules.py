@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from alignvec import ops
 from alignvec.coefficients import Coefficients
 from alignvec.errors import AlignvecError
+from alignvec.fused import Fused
 from alignvec.kernels.operands import Operand, decode, dense
 
 
@@ -87,7 +88,10 @@ class Edit:
     columns: column of each present vector in the coefficient table, int32 [k].
     deltas: parameter name -> the vectors' deltas of it, in the order of `columns`.
     choices: execution, precision and backend of its operators.
+    fused: the sibling layers that it is computed with, if there are any.
     """
+
+    fused: Fused | None = None
 
     def __init__(
         self,
@@ -206,6 +210,11 @@ class AlignedLinear(Aligned, nn.Linear):
     """`nn.Linear` plus weighted deltas: x [..., in_features] -> [..., out_features]."""
 
     def forward(self, input: Tensor) -> Tensor:
+        fused = self.edit.fused
+        if fused is not None and not torch.compiler.is_compiling():
+            y = fused.take(self, input)
+            if y is not None:
+                return y
         return self.edit.linear(input, self.weight, self.bias)
 
 

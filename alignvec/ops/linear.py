@@ -146,10 +146,13 @@ def _linear_group(
 
 def _joined(results: list[Tensor]) -> Tensor:
     """The results side by side; not copied where they are the columns of one tensor already."""
-    whole = results[0]._base
-    if whole is not None and whole.shape[1] == sum(y.shape[1] for y in results) and whole.is_contiguous():
-        return whole
-    return torch.cat(results, 1)
+    first, width = results[0], sum(y.shape[1] for y in results)
+    storage, offset = first.untyped_storage().data_ptr(), first.storage_offset()
+    for y in results:
+        if y.stride() != (width, 1) or y.storage_offset() != offset or y.untyped_storage().data_ptr() != storage:
+            return torch.cat(results, 1)
+        offset += y.shape[1]
+    return first.as_strided((first.shape[0], width), (width, 1))
 
 
 def _per_layer(weights: list[Tensor], specs: list[str], vectors: list[int], parts: list[Tensor]) -> list[list[Operand]]:

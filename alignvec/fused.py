@@ -1,0 +1,118 @@
+"""Fused projections: sibling layers that read the same tensor, computed in one launch by the first that is called.
+
+The others take their results from it, each once, and only when they are given the very same tensor, unchanged. Modules,
+parameters and hooks stay as they are. Nothing is fused while gradients are recorded or torch.compile traces (it sees
+the layers side by side), nor in inference mode, where a tensor does not tell whether it was changed.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from alignvec import ops
+
+if TYPE_CHECKING:
+    from alignvec.modules import AlignedLinear
+
+# Names of children of one module that multiply the same input.
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
+TOKENS = 64  # beyond, a launch is long enough to stand alone
+MISSES = 2  # times in a row that results were left behind: these siblings do not share their input
+
+
+@dataclass
+class _Pending:
+    """Results that wait for their layers, and what they are of."""
+
+    x: Tensor
+    state: tuple[Any, ...]
+    results: dict[AlignedLinear, Tensor]
+
+
+class Fused:
+    """Layers that are computed together."""
+
+    def __init__(self, members: Sequence[AlignedLinear]) -> None:
+        self.members = tuple(members)
+        self._misses = 0
+        self._local = threading.local()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Fused:
+        twin = Fused(())
+        memo[id(self)] = twin
+        twin.members = tuple(copy.deepcopy(member, memo) for member in self.members)
+        return twin
+
+    def take(self, member: AlignedLinear, x: Tensor) -> Tensor | None:
+        """The result of `member` for x [..., in_features]; None when it has to be computed alone."""
+        if self._misses >= MISSES or torch.is_grad_enabled() or x.is_inference():
+            return None
+        state = self._state(x)
+        pending: _Pending | None = getattr(self._local, "pending", None)
+        if pending is not None:
+            if pending.x is x and pending.state == state and member in pending.results:
+                result = pending.results.pop(member)
+                if not pending.results:
+                    self._local.pending, self._misses = None, 0
+                return result
+            self._local.pending = None
+            self._misses += 1
+        if self._misses >= MISSES or not self._ready(x):
+            return None
+        results = self._compute(x)
+        result = results.pop(member)
+        self._local.pending = _Pending(x, state, results)
+        return result
+
+    def _state(self, x: Tensor) -> tuple[Any, ...]:
+        """What has to be the same for a result to be that of another call."""
+        coefficients = self.members[0].edit.coefficients
+        stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
+        return x._version, coefficients.published(x.device), stream
+
+    def _ready(self, x: Tensor) -> bool:
+        """Whether all can be computed now: few tokens, and no layer's weight elsewhere (offloaded)."""
+        biases = {member.bias is None for member in self.members}
+        return (
+            len(biases) == 1
+            and x.numel() <= TOKENS * x.shape[-1]
+            and all(member.weight.device == member.edit.device == x.device for member in self.members)
+        )
+
+    def _compute(self, x: Tensor) -> dict[AlignedLinear, Tensor]:
+        edits = [member.edit for member in self.members]
+        deltas = [edit.deltas["weight"] for edit in edits]
+        y = ops.linear_group(
+            x,
+            [member.weight for member in self.members],
+            [member.bias for member in self.members if member.bias is not None],
+            [spec for own in deltas for spec in own.specs],
+            [len(own.specs) for own in deltas],
+            [part for own in deltas for part in own.parts],
+            [edit.stack("bias") for edit in edits],
+            [edit.columns for edit in edits],
+            edits[0].table,
+            edits[0].rows,
+            None,
+            *edits[0].choices,
+        )
+        sizes = [member.weight.shape[0] for member in self.members]
+        return dict(zip(self.members, y.split(sizes, -1), strict=True))
+
+
+def fuse(children: Mapping[str, AlignedLinear]) -> None:
+    """Fuse those of a module's children that are siblings by name and fit together."""
+    for names in SIBLINGS:
+        members = [children[name] for name in names if name in children]
+        members = [member for member in members if "weight" in member.edit.deltas]
+        if len(members) > 1 and len({member.in_features for member in members}) == 1:
+            fused = Fused(members)
+            for member in members:
+                member.edit.fused = fused
