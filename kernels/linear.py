@@ -142,7 +142,7 @@ def _combine(
 ) -> None:
     (tokens, in_features), table = x.shape, coefficients[0]
     (projection,), rank_parts = _shrunk(x, [projection])
-    c = _config("combine", x, [projection], packing.entries([projection]), config)
+    c = _config("combine", x, [projection], packing.entries([projection]), config, "exact" if exact else "merged")
     k = len(projection.operands)
     arguments = packing.layer(projection, range(k), 0, 0, 0)
     combine_kernel[(triton.cdiv(tokens, c.block_m) * triton.cdiv(y.shape[1], c.block_n),)](
@@ -218,7 +218,12 @@ def _shrunk(x: Tensor, projections: Sequence[Projection]) -> tuple[list[Projecti
 
 
 def _config(
-    execution: str, x: Tensor, projections: Sequence[Projection], found: Sequence[Entry], chosen: Config | None
+    execution: str,
+    x: Tensor,
+    projections: Sequence[Projection],
+    found: Sequence[Entry],
+    chosen: Config | None,
+    precision: str = "exact",
 ) -> Config:
     """The tiles that the caller, the GPU's tuned table or the shape asks for."""
     if chosen is not None:
@@ -229,7 +234,8 @@ def _config(
     if x.is_cuda:
         specs = [o.spec for o in projections[0].operands]
         name = torch.cuda.get_device_name(x.device)
-        tuned = configs.lookup(name, execution, specs, str(weight).removeprefix("torch."), tokens, outs, in_features)
+        dtype = str(weight).removeprefix("torch.")
+        tuned = configs.lookup(name, execution, specs, dtype, tokens, outs, in_features, precision)
         if tuned is not None:
             return tuned
     operands = [o for p in projections for o in p.operands]

@@ -250,7 +250,8 @@ def side_dot(x_rows, x_stride_k, m_mask, parts, offs_n, out_features, mask, acc)
     block: tl.constexpr = 16
     used = tl.max(mask.to(tl.int32), axis=0)
     end = tl.load(parts[1] + tl.minimum(tl.max(offs_n, axis=0) + 1, out_features))
-    for start in range(tl.load(parts[1] + tl.min(offs_n, axis=0)), end * used, block):
+    first = tl.load(parts[1] + tl.min(offs_n, axis=0))
+    for start in tl.range(first, end * used, block, num_stages=1):
         at = start + tl.arange(0, block)
         there = at < end
         column = tl.load(parts[2] + at, mask=there, other=0).to(tl.int64)
@@ -271,7 +272,7 @@ def expand(x_ptr, parts, sizes, offs_m, tokens, n, mask, acc, RANK_PARTS: tl.con
     block: tl.constexpr = 32
     rank = sizes[2]
     m, m_mask = offs_m.to(tl.int64)[:, None], (offs_m < tokens)[:, None]
-    for start in range(0, rank, block):
+    for start in tl.range(0, rank, block, num_stages=1):
         r = start + tl.arange(0, block)
         r_mask = r < rank
         t = tl.zeros((offs_m.shape[0], block), tl.float32)

@@ -2,7 +2,7 @@
 
     split        every tile of tokens reads base and vectors; a product for the base and one for each vector
     combine      the same reads, shared by neighbouring tiles; the mix formed anew in each; one product, two when exact.
-                 A tile whose tokens have several mixes splits
+                 A tile whose tokens have several mixes is computed once for each
     materialise  one pass reads base and vectors and writes the mix, twice when exact; then the vendor's product of
                  each half. Only for one mix that the host knows, over the calls in which it does not change
 
@@ -55,16 +55,14 @@ def model(problem: Problem, execution: str) -> Cost:
     if problem.device.name == "cpu":
         return _cpu(problem, execution)
     p, d, full = problem, problem.device, len(problem.kinds)
-    mixed = 1.0 if execution == "split" else _mixed_tiles(p)
     tiles = math.ceil(p.tokens / TILE)
-    stretches = mixed * tiles + (1 - mixed) * math.ceil(p.tokens / GROUP)
-    values: float = p.tokens * (p.out_features + p.in_features)
-    # A tile of combine that splits reads its tokens once more for each vector.
-    values += p.tokens * p.in_features * full * (mixed if execution == "combine" else 0)
-    products = mixed * (1 + full) + (1 - mixed) * (2 if p.pair else 1)
-    per_weight = sum(UNPACK[kind] for kind in p.kinds)
+    passes = 1.0 if execution == "split" else 1 + _boundaries(p) / tiles
+    stretches = tiles if execution == "split" else passes * math.ceil(p.tokens / GROUP)
+    values = p.tokens * (p.out_features + passes * p.in_features)
+    products = 1 + full if execution == "split" else passes * (2 if p.pair else 1)
+    per_weight = passes * sum(UNPACK[kind] for kind in p.kinds)
     if execution == "combine":
-        per_weight += MIX * full + (PAIR if p.pair else 0)
+        per_weight += passes * (MIX * full + (PAIR if p.pair else 0))
     seconds = {
         "bytes": (stretches * (p.weights * p.itemsize + p.vector_bytes) + values * p.itemsize) / d.read_bandwidth,
         "FLOPs": 2 * p.tokens * (products * p.weights + p.low_rank) / _matrix(p),
@@ -72,8 +70,8 @@ def model(problem: Problem, execution: str) -> Cost:
     }
     limit = max(seconds, key=lambda name: seconds[name])
     note = ""
-    if execution == "combine" and mixed:
-        note = f", as {mixed:.0%} of its tiles have several mixes" if mixed < 1 else ", as it cannot mix rows in a tile"
+    if passes > 1:
+        note = f", as its tiles of {TILE} tokens have {passes:.3g} mixes each"
     launches = d.launch * (2 if p.low_rank else 1)
     return Cost(launches + seconds[limit], limit if seconds[limit] > launches else "launches", note)
 
@@ -97,13 +95,11 @@ def _matrix(p: Problem) -> float:
     return (p.device.matrix_16 if p.itemsize == 2 else p.device.matrix_32) * p.device.kernel_matrix
 
 
-def _mixed_tiles(p: Problem) -> float:
-    """The share of combine's tiles whose tokens have several mixes."""
+def _boundaries(p: Problem) -> int:
+    """How often a mix ends inside one of combine's tiles of tokens."""
     mixes = p.mixes or (p.tokens if p.tokens <= BATCH else 1)
-    tiles = math.ceil(p.tokens / TILE)
-    if mixes == 1 or (p.tokens % mixes == 0 and p.tokens // mixes % TILE == 0):
-        return 0.0
-    return min(1.0, (mixes - 1) / tiles)
+    aligned = p.tokens % mixes == 0 and p.tokens // mixes % TILE == 0
+    return 0 if aligned else min(mixes, p.tokens) - 1
 
 
 def corrected(problem: Problem, execution: str) -> Cost:

@@ -138,7 +138,7 @@ def operand(text: str, shape: Shape, itemsize: int = 2) -> tuple[str, int]:
         scales = out * -(-inputs // group) * (2 if group < ROW else 4)
         return f"codes:{bits}:{plane_width(inputs, bits, group)}:{group}", weights * bits // 8 + scales
     if spec.name == "lossless":
-        bits = int(options["width"]) or LOSSLESS_BITS
+        bits = 1 << ((int(options["width"]) or LOSSLESS_BITS) - 1).bit_length()  # kernels read powers of two
         return f"lossless:{bits}:{plane_width(inputs, bits, ROW)}:{ROW}", weights * bits // 8 + 4 * out
     if spec.name == "low-rank":
         size = 4 if options["dtype"] == "float32" else 2
