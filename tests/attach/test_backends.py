@@ -7,6 +7,8 @@ import torch
 
 import alignvec
 from alignvec import AlignvecError, planner
+from tests.attach.test_architectures import relative
+from tests.attach.test_formats import FORMATS, encoded
 from tests.models import random_vector, tiny
 
 pytest.importorskip("triton")
@@ -28,6 +30,26 @@ def test_triton_and_torch_give_the_same_logits(execution: str) -> None:
         logits[backend] = torch.stack([mixed, model(IDS).logits])
         alignment.detach()
     torch.testing.assert_close(logits["triton"], logits["torch"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("architecture", ["Llama", "Gemma2", "GPT2"])
+@torch.no_grad()
+def test_triton_and_torch_agree_on_every_format(architecture: str, dtype: torch.dtype) -> None:
+    """Projections fused and not, embeddings, norms, and the mix written out."""
+    model = tiny(architecture, torch.bfloat16, num_hidden_layers=1).to(DEVICE, dtype)
+    vectors = {"a": encoded(model, 1, *FORMATS), "b": encoded(model, 2, *FORMATS[3:], "dense")}
+    logits = {}
+    for backend in ("torch", "triton"):
+        alignment = alignvec.attach(model, vectors, backend=backend)
+        fused = [m for m in model.modules() if getattr(getattr(m, "edit", None), "fused", None) is not None]
+        assert bool(fused) == (backend == "triton" and architecture != "GPT2")
+        alignment.set_rows([{"a": 1.0}, {"a": 0.3, "b": -0.5}])
+        mixed = model(IDS).logits
+        alignment.materialise(a=0.3, b=0.3)
+        logits[backend] = torch.stack([mixed, model(IDS).logits]).double()
+        alignment.detach()
+    assert relative(logits["triton"], logits["torch"]) < (5e-6 if dtype == torch.float32 else 0.03)
 
 
 def test_a_backend_that_cannot_run_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
