@@ -188,11 +188,12 @@ def _square(delta: Tensor) -> float:
 
 
 def exact_delta(name: str, base: Tensor, aligned: Tensor) -> Tensor:
-    """A dense delta, float32 or if need be float64, from which ``restored`` gives the aligned tensor bit for bit.
+    """A dense delta from which ``restored`` gives the aligned tensor bit for bit, in the base's dtype if that will do,
+    else in float32 or float64.
 
     A zero that changed its sign is told by the smallest number there is, which rounds to that zero.
     """
-    for dtype in (torch.float32, torch.float64):
+    for dtype in (base.dtype, torch.float32, torch.float64):
         delta = aligned.to(dtype) - base.to(dtype)
         least = torch.tensor(torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps, dtype=dtype)
         flipped = (base == 0) & (aligned == 0) & (base.signbit() != aligned.signbit())
