@@ -42,7 +42,7 @@ def choose_config(operands: list[Operand], weight: Tensor) -> Config:
         return Config(64, 128 if plain and weight.dtype.itemsize == 2 else 64, 8)
     if len(widths) == 1 and min(widths) >= 32 and all(o.group % o.width == 0 for o in coded):
         steps = min(16, *(32 // o.bits for o in coded))
-        return Config(min(widths), 32 if transposed else 1024 // min(widths), 8 if transposed else 4, steps, True)
+        return Config(min(widths), 1024 // min(widths), 4, steps, True)
     size = 2048 if len(operands) <= 8 else 1024
     long = triton.next_power_of_2(weight.shape[0 if transposed else 1])
     if transposed:
@@ -56,8 +56,8 @@ def choose_config(operands: list[Operand], weight: Tensor) -> Config:
 def _codes(SPECS: tl.constexpr, i: tl.constexpr, word, plane, scale, zero):
     """`value, factor, offset` with scale * field = value * factor + offset: value float32 [N, K], the others as scale.
 
-    A sign is the top bit of 1.0; a wider field takes the first bits of 1.0's fraction: two instructions without a
-    conversion. `zero` is a 0 that the compiler cannot see: a mask and a constant in a register are one instruction.
+    A sign is the top bit of 1.0; a wider field takes the first bits of 1.0's fraction, which needs no conversion.
+    `zero` is a 0 that the compiler cannot see: a mask and a constant in a register are one instruction.
     """
     bits: tl.constexpr = tiles.bits(SPECS, i)
     one = 0x3F800000 + zero
@@ -316,6 +316,8 @@ def materialise(
     """
     if len(operands) > MAX_VECTORS:
         raise AlignvecError(f"{len(operands)} vectors edit one parameter; materialise takes {MAX_VECTORS}")
+    if any(o.group & (o.group - 1) for o in operands):
+        raise AlignvecError("materialise takes scales that 2, 4, 8, ... inputs share; encode with such a group")
     storage = weight.untyped_storage().data_ptr()
     for name, tensor in (("out", out), ("low", out if low is None else low)):
         if tensor.shape != weight.shape or tensor.dtype != weight.dtype or tensor.stride() != out.stride():
