@@ -1,131 +1,138 @@
-"""Times the linear operator beside a merged weight's `F.linear`, in one run on the device at hand.
+"""The linear layers of a model under vectors of every format, beside the same layers merged, in one run.
 
-`python -m bench.kernels` prints a table and writes the same numbers as JSON.
+`python -m bench.kernels` prints a table and stores the same numbers as data: CUDA-graph replays of Mistral-7B's shapes
+on a GPU, the torch backend on the head of the shipped models on a CPU. Each call's weights come from memory, each
+result is checked against the float64 reference before it is timed, and nothing else should run meanwhile.
+`python -m bench.plot FILE` draws what was stored.
 """
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
-import importlib.util
-import itertools
-import json
-import platform
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
+import transformers
 import typer
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from rich.table import Table
-from torch import Tensor
-from torch.nn import functional as F
 
-from alignvec import planner
-
-# (out_features, in_features): layers of the shipped tiny models on a CPU, of a 7B model on a GPU.
-SHAPES = {"cpu": ((688, 256), (256, 688), (4096, 256)), "cuda": ((6144, 4096), (28672, 4096), (4096, 14336))}
-TOKENS = {"cpu": (1, 16, 640), "cuda": (1, 16, 64, 2048)}
-CACHE_BYTES = 256 << 20
-
-
-def operands(
-    tokens: int, shape: tuple[int, int], k: int, rows: int, dtype: torch.dtype, device: str
-) -> tuple[Tensor | None, ...]:
-    """x, weight, bias, deltas, bias_deltas, columns, table, rows: every vector at a coefficient that is not zero."""
-    x = torch.randn(tokens, shape[1], device=device).to(dtype)
-    weight = (0.02 * torch.randn(shape, device=device)).to(dtype)
-    deltas = (2e-5 * torch.randn(k, *shape, device=device)).to(dtype)
-    columns = torch.arange(k, dtype=torch.int32, device=device)
-    table = torch.rand(rows, k, device=device) + 0.1
-    return x, weight, None, deltas, None, columns, table, torch.tensor([rows], dtype=torch.int32, device=device)
-
-
-def timed(calls: list[Callable[[], Tensor]], repeats: int, device: str) -> list[float]:
-    """Median microseconds of each call. The calls take turns, so that a busy or hot machine is so for all of them."""
-    flush = torch.empty(CACHE_BYTES if device == "cuda" else 0, dtype=torch.int8, device=device)
-    samples: list[list[float]] = [[] for _ in calls]
-    for turn in range(repeats + 3):
-        for call, sample in zip(calls, samples, strict=True):
-            if device == "cuda":
-                flush.zero_()  # weights come from memory, as in a model, and not from the L2 cache
-                start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                start.record()
-                call()
-                stop.record()
-                stop.synchronize()
-                elapsed = 1e3 * start.elapsed_time(stop)
-            else:
-                begin = time.perf_counter()
-                call()
-                elapsed = 1e6 * (time.perf_counter() - begin)
-            if turn >= 3:
-                sample.append(elapsed)
-    return [statistics.median(sample) for sample in samples]
-
-
-def measure(tokens: int, shape: tuple[int, int], k: int, dtype: torch.dtype, device: str, repeats: int) -> dict:
-    """One shape: merged `F.linear`, one mix for all tokens, and a mix for each of up to 16 rows."""
-    rows = min(tokens, 16)
-    kernel = planner.linear_kernel(torch.device(device), "auto")
-    uniform = operands(tokens, shape, k, 1, dtype, device)
-    mixed = operands(tokens, shape, k, rows, dtype, device)
-    x, weight = uniform[:2]
-    calls = [
-        lambda: F.linear(x, weight),
-        lambda: kernel(*uniform, execution="auto", precision="exact"),
-        lambda: kernel(*mixed, execution="auto", precision="exact"),
-    ]
-    merged, one, several = timed(calls, repeats, device)
-    names = {"tokens": tokens, "out_features": shape[0], "in_features": shape[1], "k": k, "rows": rows}
-    return names | {"merged_us": merged, "uniform_us": one, "mixed_us": several}
+import alignvec
+from alignvec.errors import AlignvecError
+from alignvec.kernels.configs import file_name
+from alignvec.recipes.models import model_path
+from bench import record
+from bench.cases import QUICK, SET_MICROSECONDS, TOKENS, cases
+from bench.layers import SHAPES
+from bench.measure import Bench, Row
+from bench.timing import host_seconds, read_bandwidth
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("bench-kernels.json"),
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
-    dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16 or float16; by default what the device is used with.")
-    ] = "",
-    repeats: Annotated[int, typer.Option(help="Timed calls of each.")] = 30,
+    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda" if torch.cuda.is_available() else "cpu",
+    output: Annotated[
+        Path | None, typer.Option(help="Where the data go; by default to bench/results, for a full run.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer tokens, formats and repeats.")] = False,
+    tokens: Annotated[str, typer.Option(help="Numbers of tokens, as in 1,16; by default all.")] = "",
+    repeats: Annotated[int, typer.Option(help="Samples of each time; 0: 50, or 15 when quick.")] = 0,
+    backend: Annotated[str, typer.Option(help="auto, torch or triton.")] = "auto",
+    scale: Annotated[int, typer.Option(help="Divide both sides of the shapes, for a trial.")] = 1,
+    trial: Annotated[bool, typer.Option("--trial", help="The GPU's shapes and cases on a CPU, for a trial.")] = False,
 ) -> None:
-    """Time the linear operator beside F.linear with merged weights."""
-    dtype = dtype or ("bfloat16" if device == "cuda" else "float32")
+    """Time the operator in every format beside merged weights."""
+    kind = "cuda" if device.startswith("cuda") else "cpu"
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise AlignvecError("there is no GPU to measure here; --device cpu measures the torch backend")
     console = Console()
-    cases = list(itertools.product(SHAPES[device], TOKENS[device], (1, 3, 8)))
-    results = [
-        measure(tokens, shape, k, getattr(torch, dtype), device, repeats)
-        for shape, tokens, k in track(cases, description="timing", console=console)
-    ]
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-    title = f"{name}, {dtype}, torch {torch.__version__}, {torch.get_num_threads()} threads; medians, microseconds"
-    table = Table("out x in", "tokens", "k", "merged", "one mix", "ratio", "rows", "mixed rows", "ratio", title=title)
-    for r in results:
-        ratios = [f"{r[key] / r['merged_us']:.2f}" for key in ("uniform_us", "mixed_us")]
-        sizes = (f"{r['out_features']} x {r['in_features']}", str(r["tokens"]), str(r["k"]), f"{r['merged_us']:.0f}")
-        table.add_row(*sizes, f"{r['uniform_us']:.0f}", ratios[0], str(r["rows"]), f"{r['mixed_us']:.0f}", ratios[1])
-    console.print(table)
-    if device != "cuda":
-        console.print("Not measured on a GPU: none is at hand here.")
-    record = {
-        "device": name,
-        "dtype": dtype,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "triton": importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None,
-        "python": platform.python_version(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "results": results,
-    }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(output.name + ".partial")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    temporary.replace(output)
-    console.print(f"wrote {output}")
+    console = console if console.is_terminal else Console(width=140)
+    full = not (quick or tokens or scale > 1 or trial or backend != "auto")
+    if output is None and full:
+        output = (
+            record.RESULTS / f"kernels-{'cpu' if kind == 'cpu' else file_name(record.device_name(device))[:-5]}.json"
+        )
+    kept: dict[str, Any] = {"bench": "kernels", **record.environment(device), "scale": scale}
+    if output is not None:
+        record.refuse(output, kept)
+    repeats = repeats or (15 if quick else 50)
+    kind = "cuda" if trial else kind
+    shapes = tuple(shape.scaled(scale) for shape in SHAPES[kind])
+    chosen = tuple(map(int, tokens.split(","))) if tokens else (QUICK if quick else TOKENS)[kind]
+    bench = Bench(device, shapes, read_bandwidth(device, repeats), repeats, backend)
+    kept |= {"read_gb_per_s": 1e-9 * bench.bandwidth, "rows": [setting(device)]}
+    passes = ("bfloat16",) if kind == "cuda" else ("float32",)
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("timing", total=None)
+        for count in chosen:
+            progress.update(task, description=f"timing {count} tokens")
+            kept["rows"] += bench.linear(cases(kind, count, quick))
+            if output is not None:  # what a run that is cut short has measured
+                record.write(output, kept)
+        for dtype in passes:
+            progress.update(task, description="timing re-merges")
+            kept["rows"] += bench.remerge(dtype, quick)
+    report(console, kept)
+    if output is not None:
+        record.write(output, kept)
+        console.print(f"wrote {output}")
+
+
+def setting(device: str) -> Row:
+    """What a change of coefficients takes on the host: three vectors on a shipped model, no step in between."""
+    base = model_path("base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).to(device)
+    vectors = {name: alignvec.extract(base, model_path(name)) for name in ("medical", "legal", "financial")}
+    alignment = alignvec.attach(model, vectors)
+    taken = host_seconds(lambda i: alignment.set(medical=i / 1000, legal=0.3, financial=-0.2))
+    times = {"median_ms": 1e3 * taken.median, "p20_ms": 1e3 * taken.p20, "p80_ms": 1e3 * taken.p80}
+    return {"section": "set", "case": "coefficient change, host", "k": 3, "shape": "all", **times}
+
+
+def report(console: Console, kept: dict[str, Any]) -> None:
+    """The sums over the model's layers, a table for each section, dtype and number of tokens."""
+    rows = [row for row in kept["rows"] if row["shape"] == "all"]
+    where = f"{kept['device']}, torch {kept['versions']['torch']}, triton {kept['versions']['triton']}"
+    threads = f", {kept['threads']} threads" if kept["driver"] is None else ""
+    console.print(f"{where}{threads}; reads {kept['read_gb_per_s']:.0f} GB/s", highlight=False)
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["section"], row.get("tokens"), row.get("dtype")), []).append(row)
+    for (section, tokens, dtype), own in groups.items():
+        if section == "set":
+            micro = 1e3 * own[0]["median_ms"]
+            verdict = "met" if micro <= SET_MICROSECONDS else "missed"
+            console.print(f"{own[0]['case']}: {micro:.1f} us of {SET_MICROSECONDS:g} ({verdict})", highlight=False)
+            continue
+        title = section if tokens is None else f"{section}, {tokens} token{'s' * (tokens > 1)}"
+        columns = ("", "rows", "execution", "ms", "p20", "p80", "GB/s", "of floor", "x merged", "target", "")
+        table = Table(*columns, title=f"{title}, {dtype}, {own[0]['layers']} x {_shapes(kept, own[0])}")
+        for column in table.columns[3:10]:
+            column.justify = "right"
+        for row in own:
+            table.add_row(*_cells(row))
+        console.print(table)
+
+
+def _shapes(kept: dict[str, Any], total: Row) -> str:
+    same = ("section", "case", "tokens", "rows", "dtype", "execution", "precision")
+    parts = [r for r in kept["rows"] if r["shape"] != "all" and all(r.get(key) == total.get(key) for key in same)]
+    return " + ".join(f"{r['out']}x{r['in']}" for r in parts)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    times = (f"{row[f'{key}_ms']:.3f}" for key in ("median", "p20", "p80"))
+    how = f"{row['execution']} {row['precision']}" if row.get("way") in ("operator", "kept") and "rows" in row else ""
+    ratio = f"{row['ratio']:.2f}" if "ratio" in row else ""
+    target, verdict = row.get("target"), ""
+    if target is not None:
+        verdict = "met" if row["ratio"] <= target else "missed"
+        target = f"<= {target:g}"
+    elif row.get("target_share") is not None:
+        verdict = "met" if row["share_of_floor"] >= row["target_share"] else "missed"
+        target = f">= {row['target_share']:.0%} of floor"
+    bandwidth = (f"{row['gb_per_s']:.0f}", f"{row['share_of_floor']:.0%}")
+    return (row["case"], str(row.get("rows", "")), how, *times, *bandwidth, ratio, target or "", verdict)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,93 @@
+"""What is measured, and what each is meant to take: the table of the benchmark as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+FORMATS: dict[str, tuple[str, ...]] = {
+    "base only": (),
+    "dense": ("dense",) * 3,
+    "lossless": ("lossless:width=4",) * 3,
+    "int8": ("int8:group=128",) * 3,
+    "int4": ("int4:group=128",) * 3,
+    "sign": ("sign",) * 3,
+    "low-rank 64": ("low-rank:rank=64",) * 3,
+    "sign, k = 8": ("sign",) * 8,
+    "sparse 10 %": ("sparse:density=0.1",) * 3,
+    "dense, int4, sign": ("dense", "int4:group=128", "sign"),
+}
+MORE_ON_CPU = {"dense, k = 1": ("dense",), "dense, k = 8": ("dense",) * 8}
+
+# Most that a decode step with 1 or 16 tokens, rows of different mixes, is meant to take: times the merged model.
+DECODE = {
+    "base only": 0.93,
+    "dense": 3.4,
+    "lossless": 2.3,
+    "int8": 2.3,
+    "int4": 1.7,
+    "sign": 1.2,
+    "low-rank 64": 1.1,
+    "sign, k = 8": 1.45,
+}
+PREFILL = {("auto", "merged"): 1.10, ("auto", "exact"): 2.2, ("kept", "exact"): 2.0}  # dense, 2048 tokens and more
+REMERGE = 0.85  # share of the read bandwidth, dense
+SET_MICROSECONDS = 20.0
+
+TOKENS = {"cuda": (1, 16, 2048, 4, 64, 256, 4096), "cpu": (1, 16, 256, 640)}
+QUICK = {"cuda": (1, 16, 2048), "cpu": (1, 16)}
+DECODE_TOKENS = 256  # up to here every token is a row of a batch
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the table. `way`: "operator" is alignvec's, all others are what it is measured against."""
+
+    name: str
+    formats: tuple[str, ...]
+    tokens: int
+    rows: int
+    dtype: str
+    execution: str = "auto"
+    precision: str = "exact"
+    way: str = "operator"
+
+    @property
+    def section(self) -> str:
+        return "decode" if self.tokens <= DECODE_TOKENS else "prefill"
+
+    @property
+    def target(self) -> float | None:
+        """The largest ratio to merged weights that is meant to be seen."""
+        if self.way not in ("operator", "kept"):
+            return None
+        if self.section == "decode":
+            return DECODE.get(self.name) if self.tokens in (1, 16) and self.rows == self.tokens else None
+        if self.formats != FORMATS["dense"] or self.rows > 1:
+            return None
+        return PREFILL.get((self.execution if self.way == "operator" else "kept", self.precision))
+
+
+def cases(device: str, tokens: int, quick: bool = False) -> list[Case]:
+    """All cases with that many tokens; the merged weights of each dtype come first."""
+    formats = {name: own for name, own in FORMATS.items() if not quick or name in DECODE}
+    made: list[Case] = []
+    if device == "cpu":
+        wide = {name: own for name, own in {**formats, **MORE_ON_CPU}.items() if name != "lossless"}
+        narrow = {name: formats[name] for name in ("base only", "dense", "lossless")}  # lossless: 16-bit weights only
+        for dtype, names in (("float32", wide), ("bfloat16", narrow)):
+            made += [Case("merged", (), tokens, 1, dtype, way="merged")]
+            for rows in sorted({1, min(tokens, 16)}):
+                made += [Case(name, own, tokens, rows, dtype) for name, own in names.items()]
+        return made
+    made = [Case("merged", (), tokens, 1, "bfloat16", way="merged")]
+    if tokens <= DECODE_TOKENS:
+        made += [Case(name, own, tokens, tokens, "bfloat16") for name, own in formats.items()]
+        made.append(Case("dense, concatenated K", FORMATS["dense"], tokens, tokens, "bfloat16", way="concatenated"))
+        made.append(Case("low-rank 64, torch", FORMATS["low-rank 64"], tokens, tokens, "bfloat16", way="low-rank"))
+        return made
+    for precision in ("merged", "exact"):
+        made += [Case(name, own, tokens, 1, "bfloat16", precision=precision) for name, own in formats.items() if own]
+        made.append(Case("dense", FORMATS["dense"], tokens, 1, "bfloat16", "materialise", precision))
+    made.append(Case("dense", FORMATS["dense"], tokens, 16, "bfloat16"))
+    made.append(Case("dense, mix kept", FORMATS["dense"], tokens, 1, "bfloat16", "kept", way="kept"))
+    return made

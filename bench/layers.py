@@ -1,0 +1,165 @@
+"""Linear layers of a model under vectors of any format, random contents, and the check that what is timed is right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from alignvec import planner
+from alignvec.errors import AlignvecError
+from alignvec.kernels import eager, operands, reference
+from alignvec.kernels.eager import take
+from alignvec.kernels.operands import Operand
+from alignvec.timing import random_operand
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A launch of a decoder layer: the projections that read the same x."""
+
+    name: str
+    outs: tuple[int, ...]
+    inputs: int
+
+    @property
+    def out(self) -> int:
+        return sum(self.outs)
+
+    def scaled(self, by: int) -> Shape:
+        """Both sides `by` times smaller, no side under 32."""
+        return Shape(self.name, tuple(max(32, out // by) for out in self.outs), max(32, self.inputs // by))
+
+
+# Mistral-7B on a GPU; on a CPU the head of the shipped models, their largest matrix.
+SHAPES = {
+    "cuda": (
+        Shape("qkv", (4096, 1024, 1024), 4096),
+        Shape("o", (4096,), 4096),
+        Shape("gate_up", (14336, 14336), 4096),
+        Shape("down", (4096,), 14336),
+    ),
+    "cpu": (Shape("head", (4096,), 256),),
+}
+LAYERS = {"cuda": 32, "cpu": 1}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One copy of a shape's base: the matrix, and its projections as views of it."""
+
+    matrix: Tensor
+    projections: tuple[Tensor, ...]
+
+
+def draw_weights(shape: Shape, dtype: torch.dtype, device: str, count: int) -> list[Weights]:
+    """Copies with contents of their own, of standard deviation 0.02."""
+    generator = torch.Generator(device).manual_seed(0)
+    drawn = []
+    for _ in range(count):
+        matrix = (0.02 * torch.randn(shape.out, shape.inputs, generator=generator, device=device)).to(dtype)
+        drawn.append(Weights(matrix, matrix.split(shape.outs)))
+    return drawn
+
+
+def draw_vectors(formats: Sequence[str], weights: Weights, seed: int) -> list[list[Operand]]:
+    """The operands of each projection, a vector for each of `formats`, packed as kernels read them."""
+    generator = torch.Generator(weights.matrix.device).manual_seed(seed)
+    return [[random_operand(text, weight, generator) for text in formats] for weight in weights.projections]
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """columns int32 [k], table float32 [rows, k], rows int32 [1]: no coefficient is 0, and no two mixes are alike."""
+
+    columns: Tensor
+    table: Tensor
+    rows: Tensor
+
+
+def draw_coefficients(vectors: Sequence[Operand], weight: Tensor, rows: int) -> Coefficients:
+    """Coefficients with which each vector weighs about a third of the base, so that an error in one shows."""
+    device, k = weight.device, len(vectors)
+    generator = torch.Generator(device).manual_seed(1)
+    table = torch.rand(rows, k, generator=generator, device=device) + 0.5
+    some = sample(weight.shape[0], device)
+    base = weight[some]
+    for i, vector in enumerate(vectors):
+        table[:, i] *= 0.3 * base.float().norm() / operands.decode(take(vector, some), base).norm()
+    table *= 1 - 2 * (torch.arange(k, device=device) % 2)
+    counts = torch.tensor([rows], dtype=torch.int32, device=device)
+    return Coefficients(torch.arange(k, dtype=torch.int32, device=device), table, counts)
+
+
+def sample(out_features: int, device: torch.device, count: int = 48) -> Tensor:
+    """Output rows from the first to the last."""
+    return torch.linspace(0, out_features - 1, min(count, out_features), device=device).round().long()
+
+
+def run(
+    x: Tensor,
+    projections: Sequence[Tensor],
+    vectors: Sequence[Sequence[Operand]],
+    c: Coefficients,
+    execution: str = "auto",
+    precision: str = "exact",
+    backend: str = "auto",
+) -> list[Tensor]:
+    """alignvec's operator: all projections of x [tokens, in], in one launch where kernels can."""
+    choices = {"execution": execution, "precision": precision}
+    if planner.resolve_backend(x.device.type, backend) == "triton":
+        from alignvec.kernels.linear import Projection, linear_group
+
+        members = [
+            Projection(weight, None, own, None, c.columns) for weight, own in zip(projections, vectors, strict=True)
+        ]
+        return linear_group(x, members, c.table, c.rows, **choices)
+    return [
+        eager.linear(x, weight, None, own, None, c.columns, c.table, c.rows, **choices)
+        for weight, own in zip(projections, vectors, strict=True)
+    ]
+
+
+def vector_bytes(vectors: Sequence[Sequence[Operand]]) -> int:
+    """Bytes of all operands as they are stored."""
+    return sum(operand.nbytes for own in vectors for operand in own)
+
+
+def check(
+    results: Sequence[Tensor],
+    x: Tensor,
+    projections: Sequence[Tensor],
+    vectors: Sequence[Sequence[Operand]],
+    c: Coefficients,
+    what: str,
+    merged: bool = False,
+    slack: float = 2e-4,
+) -> float:
+    """The largest relative error of the results [tokens, out] against the float64 reference, over sampled outputs.
+
+    merged: the mix of row 0, rounded to the weight's dtype, is what the reference multiplies with. Raises AlignvecError
+    where an error is more than the rounding of the result, and `slack`, explain.
+    """
+    worst = 0.0
+    for y, weight, own in zip(results, projections, vectors, strict=True):
+        some = sample(weight.shape[0], weight.device)
+        base, taken = weight[some], [take(operand, some) for operand in own]
+        if merged:
+            edit = sum(
+                float(c.table[0, i]) * operands.decode(operand, base).double() for i, operand in enumerate(taken)
+            )
+            truth = x.double() @ (base.double() + edit).to(weight.dtype).double().t()
+        else:
+            truth = reference.linear(x, base, None, taken, None, c.columns, c.table, c.rows)
+        error = _relative(y[:, some].double(), truth)
+        bound = 1.1 * _relative(truth.to(y.dtype).double(), truth) + slack
+        if not error <= bound:
+            raise AlignvecError(f"{what} is wrong: its relative error is {error:.1e}, rounding explains {bound:.1e}")
+        worst = max(worst, error)
+    return worst
+
+
+def _relative(y: Tensor, truth: Tensor) -> float:
+    return float((y - truth).norm() / truth.norm())

@@ -1,0 +1,124 @@
+"""Times of calls whose weights come from memory, side by side: each takes its turn, so that a busy or hot machine is so
+for all of them."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import torch
+from torch import Tensor
+
+from alignvec import timing
+
+Call = Callable[[], object]
+WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of one call."""
+
+    median: float
+    p20: float
+    p80: float
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Times:
+        low, middle, high = numpy.percentile(samples, (20, 50, 80))
+        return cls(float(middle), float(low), float(high))
+
+
+def times(cases: Mapping[str, Sequence[Call]], device: str, repeats: int) -> dict[str, Times]:
+    """The times of each case: the same call on as many copies of its weights as the caches cannot hold.
+
+    On a GPU a CUDA graph replays the calls of a case one after another, and a sample is their mean; on a CPU each
+    sample is the next of them.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in cases}
+    graphed = device.startswith("cuda")
+    runs = {name: _replay(calls) if graphed else _in_turn(calls) for name, calls in cases.items()}
+    for turn in range(repeats + WARM_UP):
+        for name, run in runs.items():
+            seconds = run()
+            if turn >= WARM_UP:
+                samples[name].append(seconds)
+    del runs
+    gc.collect()  # graphs hold their memory
+    return {name: Times.of(taken) for name, taken in samples.items()}
+
+
+def _replay(calls: Sequence[Call]) -> Callable[[], float]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiles what is to be captured
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+
+    def run() -> float:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return 1e-3 * begin.elapsed_time(end) / len(calls)
+
+    return run
+
+
+def _in_turn(calls: Sequence[Call]) -> Callable[[], float]:
+    turn = 0
+
+    def run() -> float:
+        nonlocal turn
+        call = calls[turn % len(calls)]
+        turn += 1
+        begin = time.perf_counter()
+        call()
+        return time.perf_counter() - begin
+
+    return run
+
+
+def copies(nbytes: int, device: str) -> int:
+    """Copies of weights of that size that no cache holds: together they exceed the last one more than three times."""
+    if device.startswith("cuda"):
+        return timing.copies(nbytes, device)
+    return max(2, -(-3 * _last_level_cache() // max(nbytes, 1)) + 1)
+
+
+def _last_level_cache() -> int:
+    """Bytes of a CPU's largest cache; 32 MiB where the system does not tell."""
+    sizes = [file.read_text().strip() for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    units = {"K": 1 << 10, "M": 1 << 20}
+    return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=32 << 20)
+
+
+def read_bandwidth(device: str, repeats: int) -> float:
+    """Bytes per second of a large reduction: the best of a sum and a maximum over a few GiB (CPU: 512 MiB)."""
+    size = 1 << (32 if device.startswith("cuda") else 29)
+    values = torch.ones(size // 4, device=device)
+    rows: Tensor = values.view(-1, 1024)
+    cases: dict[str, list[Call]] = {"sum": [values.sum], "max": [lambda: rows.amax(0)], "rows": [lambda: rows.amax(1)]}
+    return size / min(taken.median for taken in times(cases, device, repeats).values())
+
+
+def host_seconds(call: Callable[[int], object], repeats: int = 2000) -> Times:
+    """Times of a call on the host alone, without waiting for the device; it is given the number of the call."""
+    samples = []
+    for turn in range(repeats + 100):
+        begin = time.perf_counter()
+        call(turn)
+        if turn >= 100:
+            samples.append(time.perf_counter() - begin)
+    return Times.of(samples)
