@@ -13,10 +13,11 @@ from transformers.pytorch_utils import Conv1D
 from alignvec import planner, prepack
 from alignvec.alignment import Alignment, Swap
 from alignvec.coefficients import Coefficients
+from alignvec.edit import Deltas, Edit
 from alignvec.errors import AlignvecError
 from alignvec.fused import fuse as fuse_siblings
 from alignvec.kernels.operands import Operand, dense
-from alignvec.modules import AlignedLinear, Deltas, Edit, view
+from alignvec.modules import AlignedLinear, view
 from alignvec.names import Delta, live_deltas, parameter_names, parameter_value
 from alignvec.vector import AlignmentVector
 from alignvec.verify import verify_base

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from alignvec import ops
+from alignvec.edit import Deltas
 from alignvec.kernels.eager import take
 from alignvec.kernels.operands import decode
-from alignvec.modules import Deltas
 from alignvec.rounding import RealisedCoefficients
 
 SAMPLE = 1 << 24  # weights that realised coefficients are measured on
