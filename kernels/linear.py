@@ -190,7 +190,9 @@ def _shrunk(x: Tensor, projections: Sequence[Projection]) -> tuple[list[Projecti
     if not low_rank:
         return list(projections), 1
     tokens, in_features = x.shape
-    block_m = min(max(triton.next_power_of_2(tokens), 16), 64)
+    # An x that has to be converted is in registers: 32 rows keep it from wgmma, as in `tiling`.
+    native = all(o.parts[0].dtype in (x.dtype, torch.float32) for o in low_rank) and x.dtype == torch.bfloat16
+    block_m = min(max(triton.next_power_of_2(tokens), 16), 64 if native else 32)
     block_r, block_k = 32, 32 if x.dtype == torch.float32 else 128
     counts = [triton.cdiv(o.parts[0].shape[0], block_r) for o in low_rank]
     split_k = 1
