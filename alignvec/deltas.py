@@ -6,7 +6,6 @@ values), `encoded`, and `layout` (the stored parts). `base` is where lossless de
 
 from __future__ import annotations
 
-import bisect
 import math
 from collections.abc import Mapping
 
@@ -234,22 +233,18 @@ class Stored(_Leaf):
             elif header.name != "lossless":
                 parts[part] = self.checkpoint.tensor(key(name, part))
         if header.name == "lossless":
-            parts |= self._side_table(name, first * columns, last * columns)
+            parts |= self._side_table(name, first, last)
         return checked(name, Encoded(header.name, (last - first, columns), header.options, parts)), None
 
-    def _side_table(self, name: str, start: int, stop: int) -> dict[str, Tensor]:
-        """The large steps of a range of values, found by bisection: positions ascend. The ends of the tensor take what
-        lies beyond them, too, so that the check refuses it."""
-        index = key(name, "side_index")
-        positions = range(self._parts[name]["side_index"].numel)
-
-        def place(value: int) -> int:
-            return bisect.bisect_left(positions, value, key=lambda i: int(self.checkpoint.read(index, i, i + 1)))
-
-        low = place(start) if start else 0
-        high = place(stop) if stop < self.tensors[name].numel else len(positions)
-        steps = self.checkpoint.read(key(name, "side_steps"), low, max(low, high))
-        return {"side_index": self.checkpoint.read(index, low, max(low, high)) - start, "side_steps": steps}
+    def _side_table(self, name: str, first: int, last: int) -> dict[str, Tensor]:
+        """The large steps of some rows. The ends of the tensor take what lies beyond them, too, and a place that the
+        table does not have stays as it is, so that the check refuses both."""
+        start = self.checkpoint.read(key(name, "side_start"), first, last + 1)
+        size = min(self._parts[name][part].numel for part in ("side_columns", "side_bits"))
+        low = min(max(int(start[0]), 0), size) if first else 0
+        high = min(max(int(start[-1]), low), size) if last + 1 < self._parts[name]["side_start"].numel else size
+        side = {part: self.checkpoint.read(key(name, part), low, high) for part in ("side_columns", "side_bits")}
+        return {"side_start": start - low, **side}
 
 
 def key(name: str, part: str) -> str:

@@ -10,17 +10,22 @@ Packed once, when vectors are attached. Four things become dense, which kernels 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from alignvec.formats import Encoded, bits, decode
-from alignvec.formats.lossless import DTYPES, ordered
+from alignvec.formats import Encoded, bits, decode, lossless
+from alignvec.formats.lossless import DTYPES
+from alignvec.formats.spec import blocks
 from alignvec.kernels import operands
 from alignvec.kernels.operands import Operand
 
 BITS = {"int8": 8, "int4": 4, "sign": 1}
 MOST_SPARSE_INPUTS = 65535
+STEP_BITS = (2, 4, 8)  # of a lossless field, as kernels read it
+ASIDE_BYTES = 12  # of an entry of its side table: row, column, delta
 
 
 def operand(encoded: Encoded, weight: Tensor, device: torch.device, *, transposed: bool = False) -> Operand:
@@ -48,7 +53,8 @@ def operand(encoded: Encoded, weight: Tensor, device: torch.device, *, transpose
         return made.transpose() if transposed else made
     parts = {key: part.to(device) for key, part in encoded.parts.items()}
     if name == "lossless":
-        return _lossless(parts, int(encoded.options["width"]), weight.detach().to(device).reshape(-1, columns))
+        moved = Encoded(name, encoded.shape, encoded.options, parts)
+        return _lossless(moved, weight.detach().to(device).reshape(-1, columns))
     if name == "sparse":
         return _sparse(parts, columns)
     if name == "int8":
@@ -80,18 +86,30 @@ def matrix_shape(weight: Tensor, transposed: bool) -> tuple[int, int]:
     return (columns, weight.numel() // columns) if transposed else (weight.numel() // columns, columns)
 
 
-def _lossless(parts: dict[str, Tensor], width: int, weight: Tensor) -> Operand:
-    """Steps of the side table become deltas, and so does the lowest step, whose field marks them."""
-    columns = weight.shape[1]
-    fields = bits.unpack(parts["steps"], width, columns).clone(memory_format=torch.contiguous_format)
-    flat, index = fields.view(-1), parts["side_index"]
-    flat[index] = 0
-    marked = (flat == 0).nonzero().view(-1)
-    steps = torch.full_like(marked, -(1 << (width - 1)), dtype=torch.int32)
-    steps[torch.searchsorted(marked, index)] = parts["side_steps"]
-    base = weight.reshape(-1)[marked]
-    aligned = operands.ordered((ordered(base).int() + steps).to(torch.int16)).view(weight.dtype)
-    return operands.from_steps(fields, width, marked, aligned.float() - base.float())
+def _lossless(encoded: Encoded, weight: Tensor) -> Operand:
+    """Fields of 2, 4 or 8 bits, as many as make the fewest bytes. The lowest step marks a delta in the side table."""
+    rows, columns = weight.shape
+    aligned = lossless.apply(encoded, weight).view(rows, columns)
+
+    def steps() -> Iterator[tuple[slice, Tensor]]:
+        return ((block, lossless.steps(weight[block], aligned[block])) for block in blocks(rows, columns))
+
+    def nbytes(width: int) -> int:
+        chunk = 32 // width * operands.plane_width(columns, width, operands.ROW)
+        return rows * -(-columns // chunk) * chunk * width // 8 + ASIDE_BYTES * aside[width - 1]
+
+    aside = torch.stack([lossless.beyond(step.abs()) for _, step in steps()]).sum(0).tolist()
+    width = min(STEP_BITS, key=nbytes)
+    half = 1 << (width - 1)
+    fields = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
+    index, values = [], []
+    for block, step in steps():
+        far = step.abs() >= half
+        where = far.view(-1).nonzero().view(-1)
+        index.append(where + block.start * columns)
+        values.append(aligned[block].view(-1)[where].float() - weight[block].reshape(-1)[where].float())
+        fields[block] = step.masked_fill_(far, -half) + half
+    return operands.from_steps(fields, width, torch.cat(index), torch.cat(values))
 
 
 def _sparse(parts: dict[str, Tensor], columns: int) -> Operand:

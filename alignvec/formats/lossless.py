@@ -3,8 +3,9 @@
     ordered(h) = h ^ ((h >> 15) & 0x7FFF)    of the int16 bits h: neighbouring numbers become neighbouring integers
     step       = ordered(aligned) - ordered(base)
 
-Steps are `width`-bit fields, width chosen from the data: 1/4, 1/2 or 1 byte a weight. Those out of a field's range,
--2^(width-1) to 2^(width-1) - 1, lie in a side table of 12 bytes each, and their field says 0.
+Steps are `width`-bit fields, offset binary, 2 to 8 bits: as many as make the fewest bytes. Steps out of a field's
+range, -2^(width-1) to 2^(width-1) - 1, have a field that says 0 and the aligned weight's own bits in a side table: 4
+bytes each (6 in rows of more than 65536), listed by row and column, and 4 bytes a row for where its entries begin.
 """
 
 from __future__ import annotations
@@ -19,16 +20,14 @@ from alignvec.formats import bits
 from alignvec.formats.spec import Encoded, Option, Spec, blocks, finite, matrix, span
 
 OPTIONS: dict[str, Option] = {"width": 0, "dtype": ""}  # 0: the width that takes fewest bytes; dtype: the base's
-WIDTHS = (2, 4, 8)
+WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-SIDE_BYTES = 12
+MOST_ASIDE = 2**31 - 1
 
 
 def validate(spec: Spec) -> None:
     if spec.options["width"] not in (0, *WIDTHS):
-        raise AlignvecError(
-            f"format lossless: width={spec.options['width']} must be 2, 4, 8, or 0 to choose by the data"
-        )
+        raise AlignvecError(f"format lossless: width={spec.options['width']} must be 2 to 8, or 0 for the fewest bytes")
     if spec.options["dtype"] not in ("", *DTYPES):
         raise AlignvecError(f"format lossless: dtype={spec.options['dtype']} must be bfloat16 or float16")
 
@@ -43,41 +42,46 @@ def encode(spec: Spec, delta: Tensor, base: Tensor | None, aligned: Tensor | Non
             raise AlignvecError(
                 f"{name} is {tensor.dtype}: lossless stores pairs of bfloat16, or of float16, checkpoints"
             )
-    steps = _Steps(
+    pair = _Pair(
         delta.reshape(rows, cols),
         base.reshape(rows, cols),
         None if aligned is None else aligned.reshape(rows, cols),
         name,
     )
-    width = int(spec.options["width"]) or _width(steps, rows, cols)
+    width = int(spec.options["width"]) or _width(pair, rows, cols)
     options: dict[str, Option] = {"width": width, "dtype": str(base.dtype).removeprefix("torch.")}
     half = 1 << (width - 1)
     packed = torch.empty(rows, bits.row_bytes(cols, width), dtype=torch.uint8, device=delta.device)
-    index, values = [], []
-    for block, step in steps:
+    start = torch.zeros(rows + 1, dtype=torch.int64, device=delta.device)
+    columns, own = [], []
+    for block, aligned, step in pair:
         far = (step < -half) | (step >= half)
         where = far.view(-1).nonzero().view(-1)
-        index.append(where + block.start * cols)
-        values.append(step.view(-1)[where])
-        packed[block] = bits.pack((step.masked_fill_(far, 0) + half).to(torch.uint8), width)
-    return Encoded(
-        "lossless", shape, options, {"steps": packed, "side_index": torch.cat(index), "side_steps": torch.cat(values)}
-    )
+        start[1:][block] = torch.bincount(where // cols, minlength=len(step))
+        columns.append((where % cols).to(_columns(cols)))
+        own.append(aligned.view(torch.int16).view(-1)[where])
+        step.view(-1)[where] = 0
+        packed[block] = bits.pack(step.add_(half).to(torch.uint8), width)
+    start = start.cumsum(0)
+    if int(start[-1]) > MOST_ASIDE:
+        raise AlignvecError(f"{name} has too many large steps for lossless: choose another format")
+    side = {"side_start": start.to(torch.int32), "side_columns": torch.cat(columns), "side_bits": torch.cat(own)}
+    return Encoded("lossless", shape, options, {"steps": packed, **side})
 
 
-class _Steps:
-    """The steps, int32 [n, cols], some rows at a time; iterating again computes them again."""
+class _Pair:
+    """The aligned weights and the steps to them, int32, some rows at a time; iterating again computes them again."""
 
     def __init__(self, delta: Tensor, base: Tensor, aligned: Tensor | None, name: str) -> None:
         self.delta, self.base, self.aligned, self.name = delta, base, aligned, name
 
-    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         for block in blocks(*self.base.shape):
             base = self.base[block]
-            aligned = self._sum(block) if self.aligned is None else self.aligned[block]
+            aligned = self._sum(block) if self.aligned is None else self.aligned[block].contiguous()
             if not (finite(base) and finite(aligned)):
                 raise AlignvecError(f"{self.name} holds NaN or infinity in the base or the aligned checkpoint")
-            yield block, ordered(aligned).to(torch.int32) - ordered(base)
+            yield block, aligned, steps(base, aligned)
 
     def _sum(self, block: slice) -> Tensor:
         base, delta = self.base[block], self.delta[block]
@@ -87,16 +91,28 @@ class _Steps:
                 f"delta {self.name} is no difference of two {base.dtype} tensors, which is what lossless stores: "
                 "choose another format"
             )
-        return aligned
+        return aligned.contiguous()
 
 
-def _width(steps: _Steps, rows: int, cols: int) -> int:
-    far = dict.fromkeys(WIDTHS, 0)
-    for _, step in steps:
-        reach = torch.where(step < 0, -1 - step, step)
-        for width in WIDTHS:
-            far[width] += int((reach >= 1 << (width - 1)).sum())
-    return min(WIDTHS, key=lambda width: rows * bits.row_bytes(cols, width) + SIDE_BYTES * far[width])
+def _width(pair: _Pair, rows: int, cols: int) -> int:
+    far = torch.stack([beyond(torch.where(step < 0, -1 - step, step)) for _, _, step in pair]).sum(0).tolist()
+    aside = _columns(cols).itemsize + 2
+    return min(WIDTHS, key=lambda width: rows * bits.row_bytes(cols, width) + aside * far[width - 1])
+
+
+def beyond(reach: Tensor) -> Tensor:
+    """How many of some numbers >= 0 (int32) are at least 1, 2, 4, ... 128: int64 [8]."""
+    counts = torch.bincount(reach.clamp(max=128).view(-1), minlength=129)
+    return counts.flip(0).cumsum(0).flip(0)[[1 << i for i in range(8)]]
+
+
+def _columns(cols: int) -> torch.dtype:
+    return torch.uint16 if cols <= 1 << 16 else torch.int32
+
+
+def steps(base: Tensor, aligned: Tensor) -> Tensor:
+    """int32: from base to aligned, of one 16-bit dtype."""
+    return ordered(aligned).to(torch.int32) - ordered(base)
 
 
 def ordered(values: Tensor) -> Tensor:
@@ -117,22 +133,29 @@ def apply(encoded: Encoded, base: Tensor, rows: slice | None = None) -> Tensor:
         raise AlignvecError(
             f"this lossless delta is of a {dtype} base {[stop - start, cols]}, not of {base.dtype} {list(base.shape)}"
         )
-    index, side = encoded.parts["side_index"], encoded.parts["side_steps"]
     bounds = torch.tensor(torch.finfo(dtype).max, dtype=dtype).view(torch.int16).item()
     out = torch.empty(stop - start, cols, dtype=dtype, device=base.device)
     base = base.reshape(stop - start, cols)
     for block in blocks(stop - start, cols):
-        first, last = (start + block.start) * cols, (start + block.stop) * cols
-        fields = bits.unpack(encoded.parts["steps"][start + block.start : start + block.stop], width, cols)
-        number = ordered(base[block]).to(torch.int32) + fields
+        own = slice(start + block.start, start + block.stop)
+        number = ordered(base[block]).to(torch.int32) + bits.unpack(encoded.parts["steps"][own], width, cols)
         number -= 1 << (width - 1)
-        low, high = torch.searchsorted(index, torch.tensor([first, last], device=index.device)).tolist()
-        number.view(-1)[index[low:high] - first] += side[low:high]
         if number.numel() and not (-bounds - 1 <= number.amin() and number.amax() <= bounds):
             raise AlignvecError("a lossless delta leads out of the numbers' range: it was encoded against another base")
         h = number.to(torch.int16)
-        out[block] = (h ^ ((h >> 15) & 0x7FFF)).view(dtype)
+        h ^= (h >> 15) & 0x7FFF
+        row, column, aside = _side(encoded, own)
+        h[row, column] = aside
+        out[block] = h.view(dtype)
     return out.view(encoded.shape) if rows is None else out
+
+
+def _side(encoded: Encoded, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """Row (among `rows`), column and bits of the side table's entries there: int64, int64, int16."""
+    start = encoded.parts["side_start"][rows.start : rows.stop + 1]
+    own = slice(*start[[0, -1]].tolist())
+    row = torch.arange(len(start) - 1, device=start.device).repeat_interleave(start.diff())
+    return row, encoded.parts["side_columns"][own].to(torch.int64), encoded.parts["side_bits"][own]
 
 
 def decode(encoded: Encoded, base: Tensor | None, rows: slice | None) -> Tensor:
@@ -142,28 +165,37 @@ def decode(encoded: Encoded, base: Tensor | None, rows: slice | None) -> Tensor:
     if base is None:
         raise AlignvecError("a lossless delta can be read with its base's values only: load it with the base")
     base = base.reshape(-1, cols)
-    return apply(encoded, base, slice(start, stop)).float() - base.float()
+    return apply(encoded, base, slice(start, stop)).float().sub_(base)
 
 
-def layout(
-    spec: Spec, shape: tuple[int, ...]
-) -> dict[str, tuple[torch.dtype, tuple[int, int]] | tuple[torch.dtype, tuple[None]]]:
+def layout(spec: Spec, shape: tuple[int, ...]) -> dict[str, tuple[torch.dtype, tuple[int | None, ...]]]:
     (rows, cols), width = matrix(shape), int(spec.options["width"])
     if not width or not spec.options["dtype"]:
         raise AlignvecError("an encoded lossless tensor has a width and a dtype")
     return {
         "steps": (torch.uint8, (rows, bits.row_bytes(cols, width))),
-        "side_index": (torch.int64, (None,)),
-        "side_steps": (torch.int32, (None,)),
+        "side_start": (torch.int32, (rows + 1,)),
+        "side_columns": (_columns(cols), (None,)),
+        "side_bits": (torch.int16, (None,)),
     }
 
 
 def check(encoded: Encoded) -> None:
-    index, side = encoded.parts["side_index"], encoded.parts["side_steps"]
-    rows, cols = matrix(encoded.shape)
-    if len(index) != len(side):
-        raise AlignvecError(f"lossless names {len(index)} large steps and holds {len(side)}")
-    if len(index) and (index[0] < 0 or index[-1] >= rows * cols or not (index[1:] > index[:-1]).all()):
-        raise AlignvecError("lossless: the positions of large steps are not ascending positions of the tensor")
-    if len(side) and (side.amin() < -0xFFFF or side.amax() > 0xFFFF):
-        raise AlignvecError("lossless: a large step is larger than the range of 16-bit numbers")
+    (rows, cols), width = matrix(encoded.shape), int(encoded.options["width"])
+    start, columns, own = (encoded.parts[f"side_{part}"] for part in ("start", "columns", "bits"))
+    if len(columns) != len(own):
+        raise AlignvecError(f"lossless names {len(columns)} large steps and holds {len(own)}")
+    if start[0] != 0 or start[-1] != len(own) or (start[1:] < start[:-1]).any():
+        raise AlignvecError("lossless: the rows' beginnings in the side table are not ascending positions of it")
+    if not finite(own.view(DTYPES[str(encoded.options["dtype"])])):
+        raise AlignvecError("lossless: the side table holds NaN or infinity")
+    for block in blocks(rows, cols):
+        row, column, _ = _side(encoded, block)
+        place = row * cols + column
+        if (column < 0).any() or (column >= cols).any() or (place[1:] <= place[:-1]).any():
+            raise AlignvecError("lossless: the columns of large steps are not ascending columns of a row")
+        packed = encoded.parts["steps"][block]
+        at, last = column * width // 8, packed.shape[1] - 1
+        two = packed[row, at].int() | packed[row, (at + 1).clamp(max=last)].int() << 8
+        if ((two >> (column * width % 8)) % (1 << width) != 1 << (width - 1)).any():
+            raise AlignvecError("lossless: a weight has a large step and a small one")

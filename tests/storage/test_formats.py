@@ -80,7 +80,7 @@ def test_vectors_and_empty_tensors_are_stored_dense(spec: str) -> None:
         assert formats.decode(encoded).dtype == delta.dtype
 
 
-@pytest.mark.parametrize("width", [1, 2, 4, 8])
+@pytest.mark.parametrize("width", range(1, 9))
 @pytest.mark.parametrize("cols", [1, 3, 8, 33])
 def test_fields_are_packed_little_end_first(width: int, cols: int) -> None:
     fields = torch.randint(0, 1 << width, (5, cols), dtype=torch.uint8)
@@ -266,7 +266,8 @@ def test_ties_without_its_threshold_is_refused() -> None:
         ("int8:group", "group must be an integer, not ''"),
         ("sign:group=48", "multiple of 32"),
         ("sign:group=-32", "multiple of 32"),
-        ("lossless:width=3", "width=3"),
+        ("lossless:width=1", "width=1"),
+        ("lossless:width=9", "width=9"),
         ("lossless:dtype=float32", "dtype=float32"),
         ("low-rank:rank=0", "rank=0"),
         ("low-rank:dtype=float16", "dtype=float16"),
@@ -349,11 +350,19 @@ HOSTILE: list[tuple[str, Callable[[Encoded], Encoded], str]] = [
     ("sparse", _part("values", lambda p: p[1:]), "counts"),
     ("sparse", _part("bitmap", lambda p: _filled(p, 255)), "counts"),
     ("sparse", _part("values", lambda p: p.double()), "cannot be torch.float64"),
-    ("lossless", _part("side_index", lambda p: p.flip(0)), "ascending"),
-    ("lossless", _part("side_index", lambda p: p - p[0] - 1), "ascending"),
-    ("lossless", _part("side_index", lambda p: _filled(p, 231)), "ascending"),
-    ("lossless", _part("side_index", lambda p: p[1:]), "large steps and holds"),
-    ("lossless", _part("side_steps", lambda p: _filled(p, 70000)), "larger than"),
+    ("lossless", _part("side_start", lambda p: p.flip(0)), "ascending positions"),
+    ("lossless", _part("side_start", lambda p: p + 1), "ascending positions"),
+    ("lossless", _part("side_start", lambda p: _filled(p, 2**31 - 1)), "ascending positions"),
+    ("lossless", _part("side_start", lambda p: p.index_fill(0, torch.tensor([1]), -1)), "ascending positions"),
+    ("lossless", _part("side_start", lambda p: p[1:]), "has shape"),
+    ("lossless", _part("side_start", lambda p: p.long()), "cannot be torch.int64"),
+    ("lossless", _part("side_columns", lambda p: p.int().flip(0).to(torch.uint16)), "ascending columns"),
+    ("lossless", _part("side_columns", lambda p: _filled(p.int(), 77).to(torch.uint16)), "ascending columns"),
+    ("lossless", _part("side_columns", lambda p: _filled(p.int(), 65535).to(torch.uint16)), "ascending columns"),
+    ("lossless", _part("side_columns", lambda p: p.int()), "cannot be torch.int32"),
+    ("lossless", _part("side_columns", lambda p: p[1:]), "large steps and holds"),
+    ("lossless", _part("side_bits", lambda p: _filled(p, 0x7F80)), "holds NaN or infinity"),
+    ("lossless", _part("steps", lambda p: torch.zeros_like(p)), "a large step and a small one"),
     ("lossless", _options(width=0), "has a width"),
     ("lossless", _options(dtype=""), "has a width and a dtype"),
     ("lossless", _options(width=4), "has shape"),

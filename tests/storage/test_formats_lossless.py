@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from alignvec import formats
+from alignvec import formats, prepack
 from alignvec.errors import AlignvecError
 from alignvec.formats import lossless
+from alignvec.kernels import operands
 
 DTYPES = [torch.bfloat16, torch.float16]
-WIDTHS = [0, 2, 4, 8]
+WIDTHS = [0, 2, 3, 4, 5, 6, 7, 8]
 
 
 def every_finite(dtype: torch.dtype) -> Tensor:
@@ -80,7 +81,37 @@ def test_a_nearly_unchanged_tensor_takes_a_quarter_of_a_byte_a_weight() -> None:
     aligned = torch.where(changed, lossless.ordered(base) - 1, lossless.ordered(base)).view(torch.bfloat16)
     encoded = formats.encode("lossless", aligned.float() - base.float(), base)
     assert encoded.options["width"] == 2
-    assert encoded.nbytes == base.numel() // 4
+    assert encoded.nbytes == base.numel() // 4 + 129 * 4  # and where each row's part of the empty side table begins
+
+
+@pytest.mark.parametrize("columns", [65536, 65537])
+def test_the_side_table_reaches_the_last_column_of_wide_rows(columns: int) -> None:
+    base, delta = torch.ones(3, columns).bfloat16(), torch.zeros(3, columns)
+    for row, column in [(0, 0), (0, columns - 1), (2, 32768), (2, columns - 2), (2, columns - 1)]:
+        delta[row, column] = -3.0
+    encoded = formats.encode("lossless", delta, base)
+    formats.check(encoded)
+    assert encoded.options["width"] == 2
+    assert encoded.parts["side_start"].tolist() == [0, 2, 2, 5]
+    assert encoded.nbytes == 3 * -(-columns // 4) + 4 * 4 + 5 * (4 if columns == 65536 else 6)
+    assert torch.equal(formats.decode(encoded, base), delta)
+    assert torch.equal(formats.decode(encoded, base[2:], slice(2, 3)), delta[2:])
+
+
+@pytest.mark.parametrize("share", [0.5, 0.02, 0.0])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_operand_has_the_bits_that_take_the_fewest_bytes(width: int, share: float) -> None:
+    """Whatever the file's width: steps of +-1, a share of up to 8, and a few to the ends of the numbers and to 0."""
+    base = torch.randn(33, 300).bfloat16()
+    step = torch.randint(-1, 2, base.shape)
+    step = torch.where(torch.rand(base.shape) < share, torch.randint(-8, 8, base.shape), step)
+    aligned = lossless.ordered((lossless.ordered(base).int() + step).to(torch.int16).view(base.dtype)).view(base.dtype)
+    aligned[5, :4] = torch.tensor([3e38, -3e38, 0.0, 2**-10])
+    encoded = formats.encode(f"lossless:width={width}", base * 0, base, aligned=aligned)
+    operand = prepack.operand(encoded, base, torch.device("cpu"))
+    assert operand.bits == (4 if share == 0.5 else 2)
+    assert same_bits(operands.aligned(operand, base), aligned)
+    assert torch.equal(operands.decode(operand, base), aligned.float() - base.float())
 
 
 def test_only_the_aligned_tensor_tells_a_negative_zero() -> None:
@@ -122,5 +153,6 @@ def test_reading_needs_the_base_it_was_encoded_against() -> None:
         formats.decode(encoded, base.float())
     with pytest.raises(AlignvecError, match="base"):
         lossless.apply(encoded, base[:2])
+    stepped = formats.encode("lossless", base * 0, base, aligned=lossless.ordered(base).add(1).view(torch.bfloat16))
     with pytest.raises(AlignvecError, match="against another base"):
-        formats.decode(encoded, aligned)
+        formats.decode(stepped, base * torch.finfo(torch.bfloat16).max)
