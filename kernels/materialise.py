@@ -7,6 +7,8 @@ registers, and has plane after plane of them by a shift, while the next tile of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +34,7 @@ class Config:
     planes: bool = False
 
 
-def choose_config(operands: list[Operand], weight: Tensor) -> Config:
+def choose_config(operands: Sequence[Operand], weight: Tensor) -> Config:
     """The launch for `operands` of `weight` [out, in]; tiles are long in the weight's contiguous dimension."""
     coded = [o for o in operands if o.kind in ("codes", "lossless")]
     widths = {o.width for o in coded}
@@ -288,7 +290,7 @@ def materialise_kernel(
             tl.store(low_ptr + out_at, low, mask=out_mask)
 
 
-def _sizes(operands: list[Operand]) -> tuple[tuple[int, int, int, int], ...]:
+def _sizes(operands: Sequence[Operand]) -> tuple[tuple[int, int, int, int], ...]:
     """Those of `tiles`, but of codes the logarithm of the inputs that share a scale."""
     sizes = zip(operands, tiles.sizes(operands), strict=True)
     return tuple((a, b, o.group.bit_length() - 1 if o.kind == "codes" else c, d) for o, (a, b, c, d) in sizes)
@@ -296,7 +298,7 @@ def _sizes(operands: list[Operand]) -> tuple[tuple[int, int, int, int], ...]:
 
 def materialise(
     weight: Tensor,
-    operands: list[Operand],
+    operands: Sequence[Operand],
     columns: Tensor,
     table: Tensor,
     rows: Tensor,
@@ -314,6 +316,7 @@ def materialise(
     Raises:
         AlignvecError: more than 16 vectors, `out` or `low` of another shape or dtype, or in the weight's own storage.
     """
+    operands = list(operands)
     if len(operands) > MAX_VECTORS:
         raise AlignvecError(f"{len(operands)} vectors edit one parameter; materialise takes {MAX_VECTORS}")
     if any(o.group & (o.group - 1) for o in operands):

@@ -6,6 +6,8 @@ numbers. Which kinds they are is `SPECS`, a compile-time constant of eight bits 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -16,7 +18,7 @@ KINDS = ("dense", "codes", "lossless", "sparse", "low-rank")
 DENSE, CODES, LOSSLESS, SPARSE, LOW_RANK = (tl.constexpr(kind) for kind in range(5))
 
 
-def specs(operands: list[Operand]) -> int:
+def specs(operands: Sequence[Operand]) -> int:
     """The constant of `operands`: kind, log2 bits, log2 width / 16 and whether scales have groups, eight bits each."""
     packed = 0
     for i, o in enumerate(operands):
@@ -25,12 +27,12 @@ def specs(operands: list[Operand]) -> int:
     return packed
 
 
-def parts(operands: list[Operand]) -> tuple[tuple[torch.Tensor, ...], ...]:
+def parts(operands: Sequence[Operand]) -> tuple[tuple[torch.Tensor, ...], ...]:
     """The tensors of each operand."""
     return tuple(o.parts for o in operands)
 
 
-def sizes(operands: list[Operand]) -> tuple[tuple[int, int, int, int], ...]:
+def sizes(operands: Sequence[Operand]) -> tuple[tuple[int, int, int, int], ...]:
     """Four numbers of each operand: stride of an output row, of an input, and two that depend on the kind.
 
     codes: inputs that share a scale, scales in a row. lossless: steps of a binary search in a row of the side table.
