@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -73,7 +75,7 @@ def embedding_kernel(
 def embedding(
     ids: Tensor,
     weight: Tensor,
-    operands: list[Operand],
+    operands: Sequence[Operand],
     columns: Tensor,
     table: Tensor,
     rows: Tensor,
@@ -88,6 +90,7 @@ def embedding(
     Raises:
         AlignvecError: more than 16 vectors.
     """
+    operands = list(operands)
     if len(operands) > MAX_VECTORS:
         raise AlignvecError(f"{len(operands)} vectors edit one embedding; the Triton kernels take {MAX_VECTORS}")
     (tokens,), (vocabulary, features) = ids.shape, weight.shape
