@@ -8,7 +8,6 @@ registers, and has plane after plane of them by a shift, while the next tile of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch

@@ -83,7 +83,7 @@ def rows(cases: list[Case], wanted: str = "") -> Iterator[dict[str, Any]]:
         for target in TARGETS:
             if wanted in f"{case.name}/{target}":
                 for launch in launches(lambda case=case, target=target: case.call(target)):
-                    blocks = {k: v for k, v in launch.options.items() if k.startswith("BLOCK") or k in ("STEPS",)}
+                    blocks = {k: v for k, v in launch.options.items() if k.startswith("BLOCK")}
                     yield {"case": case.name, **blocks, **compile_case(*launch, target)}
 
 
