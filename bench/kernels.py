@@ -80,6 +80,7 @@ def main(
 
 def setting(device: str) -> Row:
     """What a change of coefficients takes on the host: three vectors on a shipped model, no step in between."""
+    transformers.utils.logging.disable_progress_bar()
     base = model_path("base")
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).to(device)
     vectors = {name: alignvec.extract(base, model_path(name)) for name in ("medical", "legal", "financial")}

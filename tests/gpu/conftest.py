@@ -1,4 +1,4 @@
-"""Gates for a GPU. Off one, the interpreter runs the bodies of those that mean something there; `gpu` ones are skipped."""
+"""Gates for a GPU. Off one, the interpreter runs those that mean something there, and `gpu` ones are skipped."""
 
 from __future__ import annotations
 

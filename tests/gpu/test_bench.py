@@ -1,4 +1,4 @@
-"""The benchmark's cases are right and add up: what `python -m bench.kernels` runs on a GPU, on shapes of a few tiles."""
+"""What `python -m bench.kernels` runs on a GPU is right and adds up, on a shape of a few tiles."""
 
 from __future__ import annotations
 

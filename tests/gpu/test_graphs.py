@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,7 @@ LAYER = Case(TOKENS, 70, 150, 3, bias=True, format="mixed")
 def follow(table: Tensor, rows: Tensor, replay: Callable[[], Any], check: Callable[[Any], None]) -> None:
     """Replays under other mixes, rows that differ or not, and vectors that no row uses."""
     original = table.clone()
-    for number, count in enumerate((1, 4, TOKENS, 3, 1)):
+    for number, count in enumerate((1, 4, 6, 3, 1)):
         table.copy_(original * (1 - 0.3 * number))
         if number % 2:
             table[:, number % table.shape[1]] = 0
@@ -53,11 +54,10 @@ def test_linear(execution: str, precision: str, captured: Capture) -> None:
             assert (y.double() - truth).norm() / truth.norm() < 2e-2
 
     if execution == "materialise":  # takes one mix for all tokens
+        original = table.clone()
         for factor in (1.0, -0.5, 0.0, 1.0):
-            table.mul_(factor or 0.0) if factor else table.zero_()
+            table.copy_(original * factor)
             check(replay())
-            if not factor:
-                table.copy_(torch.randn(table.shape, generator=torch.Generator().manual_seed(1)))
         return
     follow(table, rows, replay, check)
     not_a_mix(rows, replay)
@@ -156,7 +156,7 @@ def test_a_step_of_a_model(captured: Capture) -> None:
         got = replay().clone()
         torch.testing.assert_close(got, model(ids, use_cache=False).logits, rtol=1e-4, atol=1e-4)
         seen.append(got)
-    assert all(not torch.allclose(one, other) for one, other in zip(seen, seen[1:], strict=False))
+    assert all(not torch.allclose(one, other) for one, other in itertools.pairwise(seen))
 
 
 @torch.no_grad()

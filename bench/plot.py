@@ -1,0 +1,107 @@
+"""Draws the results of a benchmark from the data that it stored, beside them.
+
+`python -m bench.plot bench/results/kernels-nvidia-h200.json`, or any other file of `bench.kernels` or `bench.formats`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import matplotlib
+import typer
+
+from bench import record
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+Row = dict[str, Any]
+
+
+def main(
+    results: Annotated[Path, typer.Argument(help="The JSON file of a benchmark.")],
+    output: Annotated[Path | None, typer.Option(help="Where the picture goes; by default beside the data.")] = None,
+) -> None:
+    """Draw what a benchmark measured."""
+    kept = record.read(results)
+    figure = _formats(kept) if kept.get("bench") == "formats" else _kernels(kept)
+    path = output or results.with_suffix(".png")
+    temporary = path.with_name(path.name + ".partial")
+    figure.savefig(temporary, dpi=150, format="png")
+    plt.close(figure)
+    temporary.replace(path)
+    print(f"wrote {path}")
+
+
+def _kernels(kept: Row) -> plt.Figure:
+    """Time over the merged weights' for each number of tokens, with the range from p20 to p80 and the target."""
+    totals = [row for row in kept["rows"] if row["shape"] == "all" and row["section"] in ("decode", "prefill")]
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in totals:
+        groups.setdefault((row["tokens"], row["dtype"]), []).append(row)
+    count = len(groups)
+    columns = min(count, 3)
+    lines = -(-count // columns)
+    tall = max(len(own) for own in groups.values())
+    figure, axes = plt.subplots(lines, columns, figsize=(6 * columns, (0.3 * tall + 1.2) * lines), squeeze=False)
+    for axis in axes.flat[count:]:
+        axis.remove()
+    for axis, ((tokens, dtype), own) in zip(axes.flat, sorted(groups.items()), strict=False):
+        merged = next(row["median_ms"] for row in own if row["way"] == "merged")
+        others = [row for row in own if row["way"] != "merged"]
+        for at, row in enumerate(others):
+            median, low, high = (row[f"{key}_ms"] / merged for key in ("median", "p20", "p80"))
+            axis.barh(at, median, color="tab:blue" if row["way"] == "operator" else "tab:gray", height=0.7)
+            axis.plot([low, high], [at, at], color="black", linewidth=1)
+            axis.plot(row["floor_ms"] / merged, at, marker="|", color="tab:green", markersize=12)
+            if row.get("target") is not None:
+                axis.plot(row["target"], at, marker="|", color="tab:red", markersize=12)
+        axis.set_yticks(range(len(others)), [_label(row) for row in others], fontsize=7)
+        axis.axvline(1, color="black", linewidth=0.6)
+        axis.invert_yaxis()
+        axis.set_xscale("log")
+        axis.set_title(f"{tokens} tokens, {dtype}; merged {1e3 * merged:.0f} us", fontsize=9)
+        axis.set_xlabel("times merged (green: bytes at read bandwidth, red: target)", fontsize=7)
+    figure.suptitle(f"{kept['device']}, torch {kept['versions']['torch']}, {kept['date'][:10]}", fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
+def _label(row: Row) -> str:
+    parts = [row["case"], f"{row['rows']} row{'s' * (row['rows'] > 1)}"]
+    if row["section"] == "prefill" or row["precision"] != "exact":
+        parts.append(f"{row['execution']} {row['precision']}")
+    return ", ".join(parts)
+
+
+def _formats(kept: Row) -> plt.Figure:
+    """Error of the encoding and of the logits over the bytes: a colour a format, a marker a vector."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), sharex=True)
+    domains = list(dict.fromkeys(row["domain"] for row in kept["rows"]))
+    formats = list(dict.fromkeys(row["format"] for row in kept["rows"]))
+    markers = dict(zip(domains, "os^Dv", strict=False))
+    for axis, key, what in ((left, "relative_error", "the deltas"), (right, "logit_error", "what changes the logits")):
+        least = min(row[key] for row in kept["rows"] if row[key] > 1e-9) / 10  # stands for none at all
+        for row in kept["rows"]:
+            colour = plt.get_cmap("tab20")(formats.index(row["format"]))
+            axis.plot(row["of_dense"], max(row[key], least), markers[row["domain"]], color=colour, markersize=5)
+        axis.axhline(least, color="black", linewidth=0.5, linestyle=":")
+        axis.annotate(
+            "no error", (0.99, least), xycoords=("axes fraction", "data"), fontsize=7, ha="right", va="bottom"
+        )
+        axis.set_yscale("log")
+        axis.set_xscale("log")
+        axis.set_xlabel("bytes, of dense bfloat16")
+        axis.set_title(f"relative error of {what}", fontsize=10)
+    for number, text in enumerate(formats):
+        right.plot([], [], "o", color=plt.get_cmap("tab20")(number), label=text)
+    for domain, marker in markers.items():
+        right.plot([], [], marker, color="gray", label=domain)
+    right.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.tight_layout()
+    return figure
+
+
+if __name__ == "__main__":
+    typer.run(main)
