@@ -54,16 +54,16 @@ def linear(
     x [tokens, in], weight [out, in], bias [out], k operands of [out, in], bias_deltas [k, out] -> [tokens, out]; the
     other arguments and the row rule are those of `reference.token_coefficients`.
 
-    `execution="split"` adds weighted products, "combine" forms one mix for each run of tokens, "auto" takes the
-    cheaper. `precision="merged"` rounds the mix to the weight's dtype, as a stored merge would, where all tokens share
-    it; tokens of different mixes stay exact, and so does "split".
+    `execution="split"` adds weighted products, "combine" (and "materialise", whose mix is never kept here) forms one
+    mix for each run of tokens, "auto" takes the cheaper. `precision="merged"` rounds the mix to the weight's dtype, as
+    a stored merge would, where all tokens share it; tokens of different mixes stay exact, and so does "split".
     """
     runs = _runs(x.shape[0], columns, table, rows, token_rows) if x.is_cpu else None
     if runs:
         merged = precision == "merged" and len(runs) == 1
         if execution == "auto":
             execution = "combine" if merged or _combining_pays(x, weight, runs) else "split"
-        if execution == "combine":
+        if execution in ("combine", "materialise"):
             return _combine(x, weight, bias, operands, bias_deltas, runs, merged)
         if len(runs) == 1:
             return _split(x, weight, bias, operands, bias_deltas, runs[0][2])
@@ -294,8 +294,8 @@ def embedding(
     base = F.embedding(ids, weight)
     y = base.to(compute)
     for i, operand in enumerate(operands):
-        taken = take(operand, ids)
-        y = torch.addcmul(y, c[:, i, None], taken.parts[0] if taken.kind == "dense" else decode(taken, base))
+        delta = F.embedding(ids, operand.parts[0]) if operand.kind == "dense" else decode(take(operand, ids), base)
+        y = torch.addcmul(y, c[:, i, None], delta)
     return y.to(weight.dtype)
 
 
@@ -391,9 +391,8 @@ def rms_norm(
 
     x [tokens, features], weight [features], deltas [k, features] -> [tokens, features].
     """
-    c = token_coefficients(table, rows, columns, x.shape[0], token_rows)
-    scale = torch.addmm(weight.float() + offset, c, deltas.float())
-    return (F.rms_norm(x.float(), x.shape[1:], None, eps) * scale).to(x.dtype)
+    scale = _row_vectors(weight, deltas, columns, table, rows, x.shape[0], token_rows)
+    return (F.rms_norm(x.float(), x.shape[1:], None, eps) * (scale + offset)).to(x.dtype)
 
 
 def layer_norm(
@@ -413,10 +412,27 @@ def layer_norm(
 
     x [tokens, features], weight and bias [features], their deltas [k, features] -> [tokens, features].
     """
-    c = token_coefficients(table, rows, columns, x.shape[0], token_rows)
+    coefficients = (columns, table, rows, x.shape[0], token_rows)
     y = F.layer_norm(x.float(), x.shape[1:], None, None, eps)
     if weight is not None:
-        y = y * (weight.float() if deltas is None else torch.addmm(weight.float(), c, deltas.float()))
+        y = y * _row_vectors(weight, deltas, *coefficients)
     if bias is not None:
-        y = y + (bias.float() if bias_deltas is None else torch.addmm(bias.float(), c, bias_deltas.float()))
+        y = y + _row_vectors(bias, bias_deltas, *coefficients)
     return y.to(x.dtype)
+
+
+def _row_vectors(
+    vector: Tensor,
+    deltas: Tensor | None,
+    columns: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    tokens: int,
+    token_rows: Tensor | None,
+) -> Tensor:
+    """`v + sum_i c[m, i] d_i`, float32 [tokens, features], or [features] where all tokens are seen to share it."""
+    if deltas is None:
+        return vector.float()
+    if token_rows is None and rows.is_cpu and int(rows) == 1:
+        return torch.addmv(vector.float(), deltas.float().t(), table[0, columns])
+    return torch.addmm(vector.float(), token_coefficients(table, rows, columns, tokens, token_rows), deltas.float())

@@ -17,6 +17,7 @@ row and column; `start` is where a row begins): a step that is too large for the
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -75,12 +76,17 @@ def parse(specs: Sequence[str], parts: Sequence[Tensor], shape: tuple[int, int])
     """The operands that `specs` and the tensors of all of them, in one list, stand for."""
     operands, position = [], 0
     for spec in specs:
-        kind, *numbers = spec.split(":")
-        bits, width, group = map(int, numbers)
-        own = tuple(parts[position : position + PARTS[kind]])
-        operands.append(Operand(kind, own, shape, bits, width, group))
-        position += PARTS[kind]
+        kind, numbers, count = _read_spec(spec)
+        operands.append(Operand(kind, tuple(parts[position : position + count]), shape, *numbers))
+        position += count
     return operands
+
+
+@functools.cache
+def _read_spec(spec: str) -> tuple[str, tuple[int, int, int], int]:
+    """Kind, the three numbers, and how many tensors belong to it."""
+    kind, bits, width, group = spec.split(":")
+    return kind, (int(bits), int(width), int(group)), PARTS[kind]
 
 
 def plane_width(in_features: int, bits: int, group: int) -> int:
