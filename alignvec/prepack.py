@@ -72,10 +72,12 @@ def dense(encoded: Encoded, weight: Tensor, device: torch.device) -> Tensor:
     moved = Encoded(
         encoded.name, encoded.shape, encoded.options, {key: part.to(device) for key, part in encoded.parts.items()}
     )
-    if encoded.name != "lossless":
+    if encoded.name == "dense":
         return decode(moved)
-    dtype = DTYPES[str(encoded.options["dtype"])]
-    delta = decode(moved, weight.detach().to(device, dtype))
+    dtype = DTYPES[str(encoded.options["dtype"])] if encoded.name == "lossless" else torch.bfloat16
+    if encoded.name == "sparse":
+        dtype = encoded.parts["values"].dtype
+    delta = decode(moved, weight.detach().to(device, dtype) if encoded.name == "lossless" else None)
     narrow = delta.to(dtype)
     return narrow if torch.equal(narrow.float(), delta) else delta
 
