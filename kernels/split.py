@@ -23,12 +23,11 @@ from alignvec.kernels.tiles import (
     coefficient,
     dot,
     expand,
-    field,
     grouped,
     kind,
     operand,
     side_dot,
-    step_delta,
+    stepped,
     table_row,
 )
 
@@ -244,7 +243,8 @@ def _step(
                 scale = tl.load(at, mask=read[i], other=0.0).to(tl.float32)
                 total = sums[i] + dot(x, q, tl.zeros_like(acc)) * scale[None, :]
         elif kind(SPECS, i) == LOSSLESS:
-            d = step_delta(SPECS, i, w, field(SPECS, i, words[i], plane))
+            aligned, _ = stepped(SPECS, i, w, words[i], plane)
+            d = aligned - w.to(tl.float32)
             total = dot(x, d.to(w.dtype), sums[i])
         else:
             mask = k_mask[:, None] & read[i][None, :]

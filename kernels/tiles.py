@@ -128,13 +128,6 @@ def dot(x, w, acc):
 
 
 @triton.jit
-def field(SPECS: tl.constexpr, i: tl.constexpr, word, plane):
-    """The fields of one plane of a chunk as int32, from `-2^(bits - 1)` up."""
-    mask: tl.constexpr = (1 << bits(SPECS, i)) - 1
-    return ((word >> (plane * bits(SPECS, i))) & mask) - (1 << (bits(SPECS, i) - 1))
-
-
-@triton.jit
 def code(SPECS: tl.constexpr, i: tl.constexpr, word, plane, zero):
     """The codes of one plane of a chunk as float32: +1 or -1 for a sign, else `field`.
 
@@ -152,16 +145,18 @@ def code(SPECS: tl.constexpr, i: tl.constexpr, word, plane, zero):
 
 
 @triton.jit
-def step_delta(SPECS: tl.constexpr, i: tl.constexpr, w, step):
-    """`W stepped on by so many ULPs - W` in float32, exact: w 16-bit float and step int32 of one shape.
+def stepped(SPECS: tl.constexpr, i: tl.constexpr, w, word, plane):
+    """W stepped on by the fields of one plane of a chunk, float32; where a field is 0, W itself, and that it is.
 
-    The lowest step stands for one that lies in the side table, and gives 0.
+    The bits of a float, those below its sign turned over where it is negative, count its ULPs.
     """
-    count = tl.where(step == -(1 << (bits(SPECS, i) - 1)), 0, step)
+    mask: tl.constexpr = (1 << bits(SPECS, i)) - 1
+    half: tl.constexpr = 1 << (bits(SPECS, i) - 1)
+    n = (word >> (plane * bits(SPECS, i))) & mask
     pattern = w.to(tl.int16, bitcast=True).to(tl.int32)
-    pattern = (pattern ^ ((pattern >> 15) & 0x7FFF)) + count
+    pattern = (pattern ^ ((pattern >> 15) & 0x7FFF)) - half + tl.where(n == 0, half, n)
     pattern = pattern ^ ((pattern >> 15) & 0x7FFF)
-    return pattern.to(tl.int16).to(w.dtype, bitcast=True).to(tl.float32) - w.to(tl.float32)
+    return pattern.to(tl.int16).to(w.dtype, bitcast=True).to(tl.float32), n == 0
 
 
 @triton.jit
@@ -187,11 +182,10 @@ def decode(SPECS: tl.constexpr, i: tl.constexpr, parts, sizes, n, k, mask, w, SI
             scale = tl.load(parts[1] + at, mask=mask, other=0.0).to(tl.float32)
             d = code(SPECS, i, word, plane[:, None], 0) * scale
         else:
-            value = field(SPECS, i, word, plane[:, None])
-            d = step_delta(SPECS, i, w, value)
+            aligned, far = stepped(SPECS, i, w, word, plane[:, None])
+            d = aligned - w.to(tl.float32)
             if SIDE:
-                outlier = mask & (value == -(1 << (bits(SPECS, i) - 1)))
-                d = tl.where(outlier, _side(parts, sizes[2], at_n, k, outlier), d)
+                d = tl.where(far, _side(parts, sizes[2], at_n, k, mask & far), d)
             d = tl.where(mask, d, 0.0)
     return d
 
