@@ -209,3 +209,18 @@ def test_gradients_pass_through_every_format() -> None:
     expected = {name: p.grad for name, p in reference.named_parameters()}
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=2e-3, atol=2e-4, msg=name)
+
+
+def test_moves_take_every_part() -> None:
+    model = model_of("Llama", torch.bfloat16)
+    vector = encoded(model, 2, *FORMATS)
+    only = AlignmentVector({n: vector.encoded(n) for n in vector.names if "up_proj.weight" in n}, None)
+    alignvec.attach(model, {"a": encoded(model, 1, *FORMATS), "b": only})
+    for module in model.modules():
+        for deltas in getattr(getattr(module, "edit", None), "deltas", {}).values():
+            specs, strides = deltas.specs, [part.stride() for part in deltas.parts]
+            deltas.to(torch.device("meta"))
+            assert deltas.specs == specs
+            assert [part.stride() for part in deltas.parts] == strides
+            assert all(part.is_meta for part in deltas.parts)
+            assert deltas.stack is None or deltas.stack.is_meta
