@@ -29,7 +29,8 @@ DECODE = {
     "low-rank 64": 1.1,
     "sign, k = 8": 1.45,
 }
-PREFILL = {("auto", "merged"): 1.10, ("auto", "exact"): 2.2, ("kept", "exact"): 2.0}  # dense, 2048 tokens and more
+PREFILL = {"merged": 1.10, "exact": 2.2}  # dense, one mix, 2048 tokens and more
+PREFILL_KEPT = {"exact": 2.0}  # the same with a materialised mix that has not changed
 REMERGE = 0.85  # share of the read bandwidth, dense
 SET_MICROSECONDS = 20.0
 
@@ -64,7 +65,7 @@ class Case:
             return DECODE.get(self.name) if self.tokens in (1, 16) and self.rows == self.tokens else None
         if self.formats != FORMATS["dense"] or self.rows > 1:
             return None
-        return PREFILL.get((self.execution if self.way == "operator" else "kept", self.precision))
+        return (PREFILL_KEPT if self.way == "kept" else PREFILL).get(self.precision)
 
 
 def cases(device: str, tokens: int, quick: bool = False) -> list[Case]:
@@ -79,15 +80,19 @@ def cases(device: str, tokens: int, quick: bool = False) -> list[Case]:
             for rows in sorted({1, min(tokens, 16)}):
                 made += [Case(name, own, tokens, rows, dtype) for name, own in names.items()]
         return made
-    made = [Case("merged", (), tokens, 1, "bfloat16", way="merged")]
+    dense, low_rank, dtype = FORMATS["dense"], FORMATS["low-rank 64"], "bfloat16"
+    made = [Case("merged", (), tokens, 1, dtype, way="merged")]
     if tokens <= DECODE_TOKENS:
-        made += [Case(name, own, tokens, tokens, "bfloat16") for name, own in formats.items()]
-        made.append(Case("dense, concatenated K", FORMATS["dense"], tokens, tokens, "bfloat16", way="concatenated"))
-        made.append(Case("low-rank 64, torch", FORMATS["low-rank 64"], tokens, tokens, "bfloat16", way="low-rank"))
-        return made
-    for precision in ("merged", "exact"):
-        made += [Case(name, own, tokens, 1, "bfloat16", precision=precision) for name, own in formats.items() if own]
-        made.append(Case("dense", FORMATS["dense"], tokens, 1, "bfloat16", "materialise", precision))
-    made.append(Case("dense", FORMATS["dense"], tokens, 16, "bfloat16"))
-    made.append(Case("dense, mix kept", FORMATS["dense"], tokens, 1, "bfloat16", "kept", way="kept"))
+        made += [Case(name, own, tokens, tokens, dtype, "split") for name, own in formats.items()]
+        made.append(Case("dense, concatenated K", dense, tokens, tokens, dtype, way="concatenated"))
+        made.append(Case("low-rank 64, torch", low_rank, tokens, tokens, dtype, way="low-rank"))
+    if tokens == DECODE_TOKENS:
+        made.append(Case("dense", dense, tokens, 16, dtype, "combine"))
+    if tokens > DECODE_TOKENS:
+        for precision in ("merged", "exact"):
+            some = {name: own for name, own in formats.items() if own}
+            made += [Case(name, own, tokens, 1, dtype, "combine", precision) for name, own in some.items()]
+            made.append(Case("dense", dense, tokens, 1, dtype, "materialise", precision))
+        made.append(Case("dense", dense, tokens, 16, dtype, "combine"))
+        made.append(Case("dense, mix kept", dense, tokens, 1, dtype, "kept", way="kept"))
     return made

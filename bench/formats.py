@@ -50,6 +50,16 @@ DOMAINS = ("medical", "legal", "financial")
 QUERIES = 24
 LAYER = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
 
+SHOWN = {
+    "of_dense": ".1%",
+    "relative_error": ".1e",
+    "snr_db": ".1f",
+    "operator_error_bfloat16": ".1e",
+    "operator_error_float32": ".1e",
+    "logit_error": ".1e",
+    "logit_largest": ".2g",
+}
+
 Row = dict[str, Any]
 
 
@@ -92,7 +102,7 @@ class _Pair:
 
     def measure(self, text: str) -> Row:
         vector = alignvec.extract(*self.folders, format=text)
-        base = dict(self.base.named_parameters())
+        base: dict[str, Tensor] = dict(self.base.named_parameters())
         lost = total = 0.0
         for name, delta in self.deltas.items():
             decoded = vector[name].double() if name in vector else torch.zeros(())
@@ -100,7 +110,7 @@ class _Pair:
             total += float(delta.square().sum())
         error = math.sqrt(lost / total)
         dense = sum(2 * self.deltas[name].numel() for name in vector)
-        row = {"bytes": vector.nbytes, "of_dense": vector.nbytes / dense, "relative_error": error}
+        row: Row = {"bytes": vector.nbytes, "of_dense": vector.nbytes / dense, "relative_error": error}
         row["snr_db"] = -20 * math.log10(error) if error else None
         row["width"] = _widths(vector)
         row |= {f"operator_error_{dtype}": self._operator(vector, base, dtype) for dtype in ("bfloat16", "float32")}
@@ -150,9 +160,7 @@ def report(console: Console, rows: list[Row]) -> None:
     table = Table(*columns, title=" / ".join(domains))
     for text in dict.fromkeys(row["format"] for row in rows):
         own = [row for row in rows if row["format"] == text]
-        keys = (("of_dense", ".1%"), ("relative_error", ".1e"), ("snr_db", ".1f"), ("operator_error_bfloat16", ".1e"))
-        keys += (("operator_error_float32", ".1e"), ("logit_error", ".1e"), ("logit_largest", ".2g"))
-        table.add_row(text, *(" / ".join(_shown(row[key], form) for row in own) for key, form in keys))
+        table.add_row(text, *(" / ".join(_shown(row[key], form) for row in own) for key, form in SHOWN.items()))
     console.print(table)
 
 
@@ -161,4 +169,4 @@ def _shown(value: float | None, form: str) -> str:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    record.command(main)

@@ -39,15 +39,19 @@ def main(
     repeats: Annotated[int, typer.Option(help="Samples of each time; 0: 50, or 15 when quick.")] = 0,
     backend: Annotated[str, typer.Option(help="auto, torch or triton.")] = "auto",
     scale: Annotated[int, typer.Option(help="Divide both sides of the shapes, for a trial.")] = 1,
+    remerge: Annotated[bool, typer.Option(help="Time re-merges, too.")] = True,
     trial: Annotated[bool, typer.Option("--trial", help="The GPU's shapes and cases on a CPU, for a trial.")] = False,
 ) -> None:
-    """Time the operator in every format beside merged weights."""
+    """Time the operator in every format beside merged weights.
+
+    With --tokens and an --output of the same device and commit, rows of other numbers of tokens stay in it.
+    """
     kind = "cuda" if device.startswith("cuda") else "cpu"
     if kind == "cuda" and not torch.cuda.is_available():
         raise AlignvecError("there is no GPU to measure here; --device cpu measures the torch backend")
     console = Console()
     console = console if console.is_terminal else Console(width=140)
-    full = not (quick or tokens or scale > 1 or trial or backend != "auto")
+    full = not (quick or tokens or scale > 1 or not remerge or trial or backend != "auto")
     if output is None and full:
         output = (
             record.RESULTS / f"kernels-{'cpu' if kind == 'cpu' else file_name(record.device_name(device))[:-5]}.json"
@@ -60,8 +64,11 @@ def main(
     shapes = tuple(shape.scaled(scale) for shape in SHAPES[kind])
     chosen = tuple(map(int, tokens.split(","))) if tokens else (QUICK if quick else TOKENS)[kind]
     bench = Bench(device, shapes, read_bandwidth(device, repeats), repeats, backend)
-    kept |= {"read_gb_per_s": 1e-9 * bench.bandwidth, "rows": [setting(device)]}
-    passes = ("bfloat16",) if kind == "cuda" else ("float32",)
+    before = record.read(output) if tokens and output is not None and output.exists() else {"rows": []}
+    same = all(before.get(key) == kept[key] for key in ("commit", "versions", "scale"))
+    rows = [row for row in before["rows"] if same and row.get("tokens") not in chosen and row["section"] != "set"]
+    rows = [row for row in rows if row["section"] != "re-merge" or not remerge]
+    kept |= {"read_gb_per_s": 1e-9 * bench.bandwidth, "rows": [*rows, setting(device)]}
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("timing", total=None)
         for count in chosen:
@@ -69,9 +76,9 @@ def main(
             kept["rows"] += bench.linear(cases(kind, count, quick))
             if output is not None:  # what a run that is cut short has measured
                 record.write(output, kept)
-        for dtype in passes:
+        if remerge:
             progress.update(task, description="timing re-merges")
-            kept["rows"] += bench.remerge(dtype, quick)
+            kept["rows"] += bench.remerge("bfloat16" if kind == "cuda" else "float32", quick)
     report(console, kept)
     if output is not None:
         record.write(output, kept)
@@ -82,7 +89,7 @@ def setting(device: str) -> Row:
     """What a change of coefficients takes on the host: three vectors on a shipped model, no step in between."""
     transformers.utils.logging.disable_progress_bar()
     base = model_path("base")
-    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).to(device)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, device_map=device)
     vectors = {name: alignvec.extract(base, model_path(name)) for name in ("medical", "legal", "financial")}
     alignment = alignvec.attach(model, vectors)
     taken = host_seconds(lambda i: alignment.set(medical=i / 1000, legal=0.3, financial=-0.2))
@@ -137,4 +144,4 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    record.command(main)

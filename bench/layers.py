@@ -108,16 +108,15 @@ def run(
     backend: str = "auto",
 ) -> list[Tensor]:
     """alignvec's operator: all projections of x [tokens, in], in one launch where kernels can."""
-    choices = {"execution": execution, "precision": precision}
     if planner.resolve_backend(x.device.type, backend) == "triton":
         from alignvec.kernels.linear import Projection, linear_group
 
         members = [
             Projection(weight, None, own, None, c.columns) for weight, own in zip(projections, vectors, strict=True)
         ]
-        return linear_group(x, members, c.table, c.rows, **choices)
+        return linear_group(x, members, c.table, c.rows, execution=execution, precision=precision)
     return [
-        eager.linear(x, weight, None, own, None, c.columns, c.table, c.rows, **choices)
+        eager.linear(x, weight, None, own, None, c.columns, c.table, c.rows, execution=execution, precision=precision)
         for weight, own in zip(projections, vectors, strict=True)
     ]
 
@@ -139,18 +138,22 @@ def check(
 ) -> float:
     """The largest relative error of the results [tokens, out] against the float64 reference, over sampled outputs.
 
-    merged: the mix of row 0, rounded to the weight's dtype, is what the reference multiplies with. Raises AlignvecError
-    where an error is more than the rounding of the result, and `slack`, explain.
+    merged: the mix of row 0, rounded to the weight's dtype, is what the reference multiplies with; low-rank vectors
+    stay out of it and exact.
+
+    Raises:
+        AlignvecError: an error is more than the rounding of the result, and `slack`, explain.
     """
     worst = 0.0
     for y, weight, own in zip(results, projections, vectors, strict=True):
         some = sample(weight.shape[0], weight.device)
         base, taken = weight[some], [take(operand, some) for operand in own]
         if merged:
-            edit = sum(
-                float(c.table[0, i]) * operands.decode(operand, base).double() for i, operand in enumerate(taken)
-            )
-            truth = x.double() @ (base.double() + edit).to(weight.dtype).double().t()
+            edits = [float(f) * operands.decode(o, base).double() for f, o in zip(c.table[0], taken, strict=True)]
+            zero, low_rank = base.new_zeros(base.shape, dtype=torch.float64), [o.kind == "low-rank" for o in taken]
+            mix = base.double() + sum((e for e, own in zip(edits, low_rank, strict=True) if not own), zero)
+            exact = sum((e for e, own in zip(edits, low_rank, strict=True) if own), zero)
+            truth = x.double() @ (mix.to(weight.dtype).double() + exact).t()
         else:
             truth = reference.linear(x, base, None, taken, None, c.columns, c.table, c.rows)
         error = _relative(y[:, some].double(), truth)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,10 +57,10 @@ class Bench:
                 for case, row in zip(own, self._linear(own, shape), strict=True):
                     parts[case].append(row)
                 advance()
-        rows = [row for own in parts.values() for row in own]
+        rows = [row for each in parts.values() for row in each]
         merged: dict[str, float] = {}
-        for case, own in parts.items():
-            total = self._total(own, merged.get(case.dtype))
+        for case, each in parts.items():
+            total = self._total(each, merged.get(case.dtype))
             if case.way == "merged":
                 merged[case.dtype] = total["median_ms"]
                 total["ratio"] = 1.0
@@ -114,21 +115,21 @@ class Bench:
         outs = [weight.shape[0] for weight in base.projections]
         merged = case.precision == "merged"
         if case.way == "merged":
-            return [lambda w=w: opponents.merged(x, w) for w in weights], None
+            return [partial(opponents.merged, x, w) for w in weights], None
         if case.way == "concatenated":
             return [opponents.concatenated(x, w, v, c) for w, v in pairs], None
         if case.way == "low-rank":
-            made = [opponents.low_rank(x, w, v, c) for w, v in pairs]
+            made: list[Call] = [opponents.low_rank(x, w, v, c) for w, v in pairs]
         elif case.way == "kept":
             halves = [(torch.empty_like(w.matrix), torch.empty_like(w.matrix)) for w, _ in pairs]
             for (w, v), (high, low) in zip(pairs, halves, strict=True):
                 for weight, vectors, h, part in zip(w.projections, v, high.split(outs), low.split(outs), strict=True):
                     self._materialise(weight, vectors, c, h, part)
-            made = [lambda high=high, low=low: opponents.kept(x, high, low) for high, low in halves]
+            made = [partial(opponents.kept, x, high, low) for high, low in halves]
         else:
             choices = (case.execution, case.precision, self.backend)
-            made = [lambda w=w, v=v: run(x, w.projections, v, c, *choices) for w, v in pairs]
-        y = made[0]()
+            made = [partial(run, x, w.projections, v, c, *choices) for w, v in pairs]
+        y: Any = made[0]()
         results = list(y.split(outs, 1)) if isinstance(y, Tensor) else y
         what = f"{case.name} ({case.way}, {case.execution}, {case.precision}, {case.tokens} tokens) on {outs}"
         slack = 1e-2 if case.way == "low-rank" else 2e-4  # plain torch rounds in between

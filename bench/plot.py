@@ -104,4 +104,4 @@ def _formats(kept: Row) -> plt.Figure:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    record.command(main)

@@ -8,10 +8,13 @@ import json
 import platform
 import shutil
 import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import typer
 
 from alignvec.errors import AlignvecError
 
@@ -77,6 +80,14 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(record, dict) or not isinstance(record.get("rows"), list):
         raise AlignvecError(f"{path} holds no results of a benchmark; python -m bench.kernels writes some")
     return record
+
+
+def command(main: Callable[..., None]) -> None:
+    """Run a benchmark's command line; an AlignvecError is a sentence, not a traceback."""
+    try:
+        typer.run(main)
+    except AlignvecError as error:
+        sys.exit(str(error))
 
 
 def _version(package: str) -> str | None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
@@ -17,6 +18,8 @@ from alignvec import timing
 
 Call = Callable[[], object]
 WARM_UP = 3
+LEAST = 7
+SECONDS = 1.0  # of samples of one case, from LEAST on
 
 
 @dataclass(frozen=True)
@@ -37,23 +40,31 @@ def times(cases: Mapping[str, Sequence[Call]], device: str, repeats: int) -> dic
     """The times of each case: the same call on as many copies of its weights as the caches cannot hold.
 
     On a GPU a CUDA graph replays the calls of a case one after another, and a sample is their mean; on a CPU each
-    sample is the next of them.
+    sample is the next of them. Slow cases have fewer samples, LEAST at the least.
     """
     samples: dict[str, list[float]] = {name: [] for name in cases}
-    graphed = device.startswith("cuda")
-    runs = {name: _replay(calls) if graphed else _in_turn(calls) for name, calls in cases.items()}
-    for turn in range(repeats + WARM_UP):
+    if graphed := device.startswith("cuda"):
+        stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()  # no outputs are read: graphs share memory
+        runs = {name: _replay(calls, stream, pool) for name, calls in cases.items()}
+    else:
+        runs = {name: _in_turn(calls) for name, calls in cases.items()}
+    counts = {}
+    for name, run in runs.items():
+        seconds = [run() for _ in range(WARM_UP)][-1] * (len(cases[name]) if graphed else 1)
+        counts[name] = min(repeats, max(LEAST, int(SECONDS / max(seconds, 1e-9))))
+    for turn in range(repeats):
         for name, run in runs.items():
-            seconds = run()
-            if turn >= WARM_UP:
-                samples[name].append(seconds)
+            if turn < counts[name]:
+                samples[name].append(run())
     del runs
     gc.collect()  # graphs hold their memory
+    if graphed:
+        torch.cuda.empty_cache()
     return {name: Times.of(taken) for name, taken in samples.items()}
 
 
-def _replay(calls: Sequence[Call]) -> Callable[[], float]:
-    stream = torch.cuda.Stream()
+def _replay(calls: Sequence[Call], stream: torch.cuda.Stream, pool: Any) -> Callable[[], float]:
+    """Seconds of a call, by a graph of all of them."""
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # compiles what is to be captured
         for call in calls:
@@ -61,7 +72,7 @@ def _replay(calls: Sequence[Call]) -> Callable[[], float]:
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         for call in calls:
             call()
 

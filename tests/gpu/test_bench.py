@@ -39,7 +39,7 @@ def test_every_case_of_a_gpu(bench: Bench, tokens: int) -> None:
     """2048 tokens stand for prefill; off a GPU 16 rows of 2 tokens go through its cases."""
     chosen = cases("cuda", tokens)
     if tokens > 16 and DEVICE == "cpu":
-        chosen = [case for case in cases("cuda", tokens) if case.name.startswith(("merged", "dense"))]
+        chosen = [case for case in cases("cuda", tokens) if case.name.startswith(("merged", "dense", "low-rank"))]
         chosen = [type(case)(**{**vars(case), "tokens": 32}) for case in chosen]
     rows = bench.linear(chosen)
     totals = [row for row in rows if row["shape"] == "all"]

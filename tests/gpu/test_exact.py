@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton
 
 from alignvec.kernels import linear, reference, tiling
 from alignvec.kernels.configs import Config
@@ -45,7 +46,10 @@ def test_integers(format: str, execution: str, stages: int) -> None:
             args[7].fill_(count)
             truth = reference.linear(*args).to(case.dtype)
             for config in launched(execution, case, planes, width, stages):
-                y = linear.linear(*args, execution=execution, config=config)
+                try:
+                    y = linear.linear(*args, execution=execution, config=config)
+                except triton.runtime.errors.OutOfResources:
+                    continue  # more shared memory than this GPU has: never launched
                 wrong = (y != truth).sum().item()
                 assert not wrong, f"{wrong} of {y.numel()} with {tokens} tokens, {count} rows, {config}"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import alignvec
@@ -143,12 +143,17 @@ def test_materialise(format: str, captured: Capture) -> None:
     assert torch.equal(out, weight)
 
 
+def attached() -> tuple[nn.Module, alignvec.Alignment, Tensor]:
+    model = tiny("Qwen2", num_hidden_layers=1)
+    vectors = {"a": random_vector(model, 1), "b": random_vector(model, 2)}
+    alignment = alignvec.attach(model.to(DEVICE), vectors, backend="triton")
+    return model, alignment, torch.randint(3, 101, (4, 5), device=DEVICE)
+
+
 @torch.no_grad()
 def test_a_step_of_a_model(captured: Capture) -> None:
     """Coefficients set between replays are those of the next replay: the graph itself begins with what is staged."""
-    model = tiny("Qwen2", num_hidden_layers=1).to(DEVICE)
-    alignment = alignvec.attach(model, {"a": random_vector(model, 1), "b": random_vector(model, 2)}, backend="triton")
-    ids = torch.randint(3, 101, (4, 5), device=DEVICE)
+    model, alignment, ids = attached()
     replay = captured(lambda: model(ids, use_cache=False).logits)
     seen = []
     for mixes in ([{"a": 1.0}], [{"a": 0.3, "b": -2.0}], [{"a": 1.0}, {"b": 0.5}], [{}, {"a": 1}, {"b": 1}, {}]):
@@ -162,9 +167,7 @@ def test_a_step_of_a_model(captured: Capture) -> None:
 @torch.no_grad()
 def test_compiled_without_recompiling() -> None:
     """One full graph by torch.compile, on a GPU by its own code generator, follows every mix."""
-    model = tiny("Qwen2", num_hidden_layers=1).to(DEVICE)
-    alignment = alignvec.attach(model, {"a": random_vector(model, 1), "b": random_vector(model, 2)}, backend="triton")
-    ids = torch.randint(3, 101, (4, 5), device=DEVICE)
+    model, alignment, ids = attached()
     compiler = "inductor" if DEVICE == "cuda" else "aot_eager"
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=compiler)
     compiled(ids, use_cache=False)
