@@ -109,7 +109,7 @@ def _lossless(encoded: Encoded, weight: Tensor) -> Operand:
         far = step.abs() >= half
         where = far.view(-1).nonzero().view(-1)
         index.append(where + block.start * columns)
-        values.append(aligned[block].view(-1)[where].float() - weight[block].reshape(-1)[where].float())
+        values.append(aligned[block].view(-1)[where])
         fields[block] = step.masked_fill_(far, -half) + half
     return operands.from_steps(fields, width, torch.cat(index), torch.cat(values))
 

@@ -74,7 +74,7 @@ def random_operand(text: str, weight: Tensor, generator: torch.Generator) -> Ope
         aside = torch.rand(out, inputs, generator=generator, device=device) < 2**-12
         fields = fields.clamp_(min=1).masked_fill_(aside, 0)
         index = aside.flatten().nonzero().flatten()
-        return operands.from_steps(fields, int(bits), index, draw(len(index), dtype=torch.float32))
+        return operands.from_steps(fields, int(bits), index, draw(len(index), dtype=torch.bfloat16))
     width = min(int(group), inputs)
     scales = draw(out, -(-inputs // width), dtype=torch.bfloat16 if int(group) < operands.ROW else torch.float32)
     return operands.from_fields(fields, scales, int(bits), int(group) if int(group) < operands.ROW else 0)

@@ -100,7 +100,8 @@ def combine_kernel(
                 c = coefficient(table_ptr, table_stride, r, column, tokens, rows_ptr, token_rows_ptr)
                 zero = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
                 if kind(SPECS, i) == LOSSLESS and not MERGED:  # a rounded mix has the side table in it already
-                    acc += c * side_dot(x_rows, x_stride_k, m_mask, parts[i], offs_n, out_features, n_mask, zero)
+                    base = (w_ptr, numbers[3], numbers[4])
+                    acc += c * side_dot(x_rows, x_stride_k, m_mask, *base, parts[i], offs_n, out_features, n_mask, zero)
                 if kind(SPECS, i) == LOW_RANK:
                     acc += c * expand(x_ptr, parts[i], sizes[i], offs_m, tokens, n, n_mask, zero, RANK_PARTS)
                 if BIASES & 2:

@@ -271,11 +271,10 @@ def materialise_kernel(
                     value = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
                     if (SIDES >> i) & 1:
                         value, cursor = _next(parts[i][3], cursor, far & mask)
-                    delta = tl.where(far, value, aligned - base)
-                    edit += c * delta
-                    if ((c == 1).to(tl.int32) == 1) & (used == 1):  # exact but for the sign of a zero
-                        same = base + delta
-                        same = tl.where((same == 0) & (aligned == 0), aligned, same)
+                    aligned = tl.where(far, value, aligned)
+                    edit += c * (aligned - base)
+                    if ((c == 1).to(tl.int32) == 1) & (used == 1):
+                        same = aligned
                         keep = used == 1
             moved += (cursor,)
         cursors = moved

@@ -4,15 +4,15 @@
 | --- | --- | --- |
 | dense | values [out, in], any strides | values[n, k] |
 | codes | words int32 [out, words], scales [out, groups] | scales[n, k // group] * field(n, k) |
-| lossless | words, start int32 [out + 1], columns int32 [e], values fp32 [e], rows int32 [e] | field(n, k) ULPs of W |
+| lossless | words, start int32 [out + 1], columns int32 [e], values [e], rows int32 [e] | field(n, k) ULPs of W |
 | sparse | bitmap int32 [out, ceil(in / 32)], offsets int16 alike, start int32 [out + 1], values [nnz] | 0, or a value |
 | low-rank | A [rank, in], B [out, rank] | (B A)[n, k] |
 
 Fields of 1, 2, 4 or 8 bits lie in *bit planes*: a chunk of `width` words holds `32 / bits` planes of `width` inputs,
 and plane p of word w is the field of input `p width + w` of the chunk, at bit `p bits`. A kernel loads the words of a
 chunk once and has each plane by a shift and a mask, in place, for `width` consecutive inputs. One bit is a sign, set
-for -1; wider fields are offset binary. A lossless field of 0 marks a delta in the side table (rows, columns, values by
-row and column; `start` is where a row begins): a step that is too large for the field, or the lowest.
+for -1; wider fields are offset binary. A lossless field of 0 marks a weight whose aligned value is in the side table,
+by row and column (`start` is where a row begins): its step is too large for the field, or the lowest.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def aligned(operand: Operand, weight: Tensor, rows: slice = slice(None)) -> Tens
     fields = unpack_planes(operand.parts[0][rows], operand.bits, operand.width, operand.shape[1])
     stepped = _stepped(operand, fields, weight[rows])
     row, column, values = _side(operand, rows)
-    stepped[row, column] = (weight[rows][row, column].float() + values).to(weight.dtype)
+    stepped[row, column] = values.to(weight.dtype)
     return stepped
 
 
@@ -180,7 +180,7 @@ def _side(operand: Operand, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
 def _decode_lossless(operand: Operand, fields: Tensor, weight: Tensor, rows: slice) -> Tensor:
     delta = _stepped(operand, fields, weight).float() - weight.float()
     row, column, values = _side(operand, rows)
-    delta[row, column] = values
+    delta[row, column] = values.float() - weight[row, column].float()
     return delta
 
 
@@ -195,7 +195,7 @@ def _decode_sparse(operand: Operand, rows: slice) -> Tensor:
 
 
 def from_steps(fields: Tensor, bits: int, index: Tensor, values: Tensor) -> Operand:
-    """Lossless from fields uint8 [out, in] and the flat, ascending positions and float32 deltas of the side table.
+    """Lossless from fields uint8 [out, in] and the flat, ascending positions and aligned weights of the side table.
 
     A field that is 0 has to be in the side table.
     """
@@ -203,7 +203,7 @@ def from_steps(fields: Tensor, bits: int, index: Tensor, values: Tensor) -> Oper
     row = index // in_features
     width = plane_width(in_features, bits, ROW)
     start, columns = _starts(row, out_features), (index % in_features).to(torch.int32)
-    parts = (pack_planes(fields, bits, width), start, columns, values.float(), row.to(torch.int32))
+    parts = (pack_planes(fields, bits, width), start, columns, values, row.to(torch.int32))
     return Operand("lossless", parts, (out_features, in_features), bits, width)
 
 

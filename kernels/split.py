@@ -175,7 +175,8 @@ def _tile(
         if kind(SPECS, i) == CODES and not grouped(SPECS, i):
             edit *= tl.load(parts[i][1] + n, mask=read[i], other=0.0).to(tl.float32)[None, :]
         if kind(SPECS, i) == LOSSLESS:
-            edit = side_dot(x_rows, x_stride_k, m_mask, parts[i], offs_n, out_features, read[i] & once, edit)
+            base = (w_ptr, numbers[3], numbers[4])
+            edit = side_dot(x_rows, x_stride_k, m_mask, *base, parts[i], offs_n, out_features, read[i] & once, edit)
         if kind(SPECS, i) == LOW_RANK:
             edit = expand(x_ptr, parts[i], sizes[i], offs_m, tokens, n, read[i] & once, edit, RANK_PARTS)
         if slot(BIASES, 1, 1):

@@ -185,7 +185,8 @@ def decode(SPECS: tl.constexpr, i: tl.constexpr, parts, sizes, n, k, mask, w, SI
             aligned, far = stepped(SPECS, i, w, word, plane[:, None])
             d = aligned - w.to(tl.float32)
             if SIDE:
-                d = tl.where(far, _side(parts, sizes[2], at_n, k, mask & far), d)
+                value = _side(parts, sizes[2], at_n, k, mask & far)
+                d = tl.where(far, value - w.to(tl.float32), d)
             d = tl.where(mask, d, 0.0)
     return d
 
@@ -207,7 +208,7 @@ def operand(SPECS: tl.constexpr, i: tl.constexpr, parts, sizes, n, k, mask, w):
 
 @triton.jit
 def _side(parts, steps, n, k, mask):
-    """Values of the side table at rows n [1, N] and inputs k [K] where mask [K, N] is set: a binary search each."""
+    """Aligned weights of the side table at rows n [1, N] and inputs k [K] where mask [K, N] is set, by binary search."""
     start = parts[1] + n + tl.zeros_like(k)[:, None]
     first, end = tl.load(start, mask=mask, other=0), tl.load(start + 1, mask=mask, other=0)
     for _ in range(steps):
@@ -216,7 +217,7 @@ def _side(parts, steps, n, k, mask):
         left = tl.load(parts[2] + middle, mask=open, other=0) < k[:, None]
         first = tl.where(open & left, middle + 1, first)
         end = tl.where(open & ~left, middle, end)
-    return tl.load(parts[3] + first, mask=mask, other=0.0)
+    return tl.load(parts[3] + first, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -238,7 +239,7 @@ def _sparse(parts, sizes, n, k, mask):
 
 
 @triton.jit
-def side_dot(x_rows, x_stride_k, m_mask, parts, offs_n, out_features, mask, acc):
+def side_dot(x_rows, x_stride_k, m_mask, w_ptr, w_stride_n, w_stride_k, parts, offs_n, out_features, mask, acc):
     """`acc + x D^T` for the side table of a lossless delta: output rows offs_n [N], those of mask [N].
 
     The table lists its entries by row, so those of a tile lie together; it is short, or another format would be taken.
@@ -251,8 +252,9 @@ def side_dot(x_rows, x_stride_k, m_mask, parts, offs_n, out_features, mask, acc)
         at = start + tl.arange(0, block)
         there = at < end
         column = tl.load(parts[2] + at, mask=there, other=0).to(tl.int64)
-        value = tl.load(parts[3] + at, mask=there, other=0.0)
         row = tl.load(parts[4] + at, mask=there, other=-1)
+        w = tl.load(w_ptr + row.to(tl.int64) * w_stride_n + column * w_stride_k, mask=there, other=0.0)
+        value = tl.load(parts[3] + at, mask=there, other=0.0).to(tl.float32) - w.to(tl.float32)
         x = tl.load(x_rows + column[None, :] * x_stride_k, mask=m_mask & there[None, :], other=0.0).to(tl.float32)
         d = tl.where(row[:, None] == offs_n[None, :], value[:, None], 0.0)
         acc = tl.dot(x, d, acc, input_precision="ieee")

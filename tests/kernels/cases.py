@@ -180,7 +180,8 @@ def _lossless(bits: int, weight: Tensor, g: torch.Generator, integers: bool) -> 
     if not integers:
         ulp = torch.finfo(weight.dtype).eps
         values = torch.randn(index.shape, generator=g) * ulp * top * 5
-    return operands.from_steps(fields, bits, index, values)
+    aligned = (weight.flatten()[index].float() + values).to(weight.dtype)
+    return operands.from_steps(fields, bits, index, aligned)
 
 
 def relative_error(y: Tensor, truth: Tensor) -> float:

@@ -40,7 +40,7 @@ def operand(name: str, out_features: int, in_features: int, dtype: torch.dtype =
         return Operand(kind, (bitmap, bitmap.to(torch.int16), starts, meta(some, dtype=dtype)), shape)
     words = integers(out_features, in_features * int(bits) // 32)
     if kind == "lossless":
-        side = (starts, integers(some), meta(some, dtype=FP32), integers(some))
+        side = (starts, integers(some), meta(some, dtype=dtype), integers(some))
         return Operand(kind, (words, *side), shape, int(bits), 64)
     if bits == "1":
         return Operand("codes", (words, meta(out_features, 1, dtype=FP32)), shape, 1, 64)

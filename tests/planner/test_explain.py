@@ -31,7 +31,8 @@ def test_one_sentence_with_the_figures() -> None:
     (made,) = alignvec.plan((4096, 14336), tokens=16, rows=16, device="H200", vectors=("int4",) * 3)
     assert str(made) == (
         "4096x14336, 3 vectors int4:group=128, 16 tokens, 16 mixes: split, 50.2 us by bytes "
-        "(base 117 MB, vectors 90.8 MB at 4.33 TB/s); combine 773 us by bytes, as its tiles of 128 tokens have 16 mixes each; "
+        "(base 117 MB, vectors 90.8 MB at 4.33 TB/s); "
+        "combine 773 us by bytes, as its tiles of 128 tokens have 16 mixes each; "
         "materialise needs one mix for all"
     )
     assert made.seconds["split"] == pytest.approx((117.44e6 + 90.83e6) / 4.33e12 + 2e-6, rel=0.01)
