@@ -208,7 +208,7 @@ def operand(SPECS: tl.constexpr, i: tl.constexpr, parts, sizes, n, k, mask, w):
 
 @triton.jit
 def _side(parts, steps, n, k, mask):
-    """Aligned weights of the side table at rows n [1, N] and inputs k [K] where mask [K, N] is set, by binary search."""
+    """Aligned weights of the side table at rows n [1, N] and inputs k [K] where mask [K, N] is set: a binary search."""
     start = parts[1] + n + tl.zeros_like(k)[:, None]
     first, end = tl.load(start, mask=mask, other=0), tl.load(start + 1, mask=mask, other=0)
     for _ in range(steps):
