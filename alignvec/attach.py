@@ -48,7 +48,7 @@ def attach(
         transfer: attach to another model of the same shapes than the one the vectors were extracted from.
         max_rows: most rows of coefficients that one batch can carry.
         precision: "exact" realises every coefficient to within 1e-3; "merged" gives what a merge rounded to the
-            model's dtype gives, where all rows share a mix.
+            model's dtype gives.
         execution: "split" (one dot per vector), "combine" (the mix formed per tile) or "auto".
         backend: "triton", "torch" or "auto".
         fuse: compute sibling layers that read one tensor (q, k and v; gate and up) in one launch each. By default where

@@ -55,12 +55,12 @@ def linear(
     other arguments and the row rule are those of `reference.token_coefficients`.
 
     `execution="split"` adds weighted products, "combine" (and "materialise", whose mix is never kept here) forms one
-    mix for each run of tokens, "auto" takes the cheaper. `precision="merged"` rounds the mix to the weight's dtype, as
-    a stored merge would, where all tokens share it; tokens of different mixes stay exact, and so does "split".
+    mix for each run of tokens, "auto" takes the cheaper. `precision="merged"` rounds each mix to the weight's dtype, as
+    a stored merge would; "split" stays exact, and so does all where coefficients are not in host memory.
     """
     runs = _runs(x.shape[0], columns, table, rows, token_rows) if x.is_cpu else None
     if runs:
-        merged = precision == "merged" and len(runs) == 1
+        merged = precision == "merged"
         if execution == "auto":
             execution = "combine" if merged or _combining_pays(x, weight, runs) else "split"
         if execution in ("combine", "materialise"):
