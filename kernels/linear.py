@@ -248,4 +248,5 @@ def _config(
         return tiling.combine_config(len(projections[0].operands), x.dtype, weights, plain)
     k = max(len(e.own) for e in found)
     width = min((e.width for e in found if e.width), default=0)
-    return tiling.split_config(tokens, outs, in_features, k, x.dtype, weights, width)
+    wgmma = tiling.has_wgmma(x.device)
+    return tiling.split_config(tokens, outs, in_features, k, x.dtype, weights, width, wgmma=wgmma)

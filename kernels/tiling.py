@@ -16,6 +16,12 @@ DECODE_TOKENS = 64
 PROGRAMS = 256
 
 
+@functools.cache
+def has_wgmma(device: torch.device) -> bool:
+    """Whether the device is NVIDIA's Hopper or later."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 @functools.lru_cache(4096)
 def split_config(
     tokens: int,
@@ -26,19 +32,21 @@ def split_config(
     weights: torch.dtype,
     width: int = 0,
     hip: bool = torch.version.hip is not None,
+    wgmma: bool = False,
 ) -> Config:
     """The launch of `split` for activations [tokens, in_features] of `dtype`, a base and `k` vectors up to `weights`.
 
-    k: vectors of an entry. width: of the bit planes that vectors lie in, if any do. Tiles read full 128-byte lines of
-    the weights. The sums, and the words that wait for their plane, stay under about 128 registers a thread and stages
-    under 96 KiB of shared memory (64 on AMD), so that two blocks share a multiprocessor.
+    k: vectors of an entry. width: of the bit planes that vectors lie in, if any do. wgmma: large products read shared
+    memory by themselves, which leaves registers. Tiles read full 128-byte lines of the weights. The sums, and the words
+    that wait for their plane, stay under about 128 registers a thread and stages under 96 KiB of shared memory (64 on
+    AMD), so that two blocks share a multiprocessor.
     """
     shared = 64 << 10 if hip else 96 << 10
     itemsize = dtype.itemsize if dtype == weights else 4
     block_k = width or 128 // itemsize
     warps = 4
     if k == 1 and tokens > DECODE_TOKENS and itemsize == 2 and not width:
-        block_m, block_n, block_k, warps = 128, 128, 32, 8
+        block_m, block_n, block_k, warps = 128, 128 if wgmma else 64, 32, 8
     else:
         block_m = min(max(triton.next_power_of_2(tokens), 16), 32 if itemsize == 4 else 64)
         block_n = 64 if k <= 1 else 32
@@ -66,7 +74,9 @@ def combine_config(
     itemsize = dtype.itemsize if dtype == weights else 4
     block_m, block_k = 128, 32
     block_n = 128 if k <= 4 and plain else 64 if k <= 8 else 32
-    if itemsize == 4 or dtype == torch.float16:  # float32 in shared memory, and perhaps an x that is converted
-        block_m, block_n = 64 if dtype == torch.float32 else 32, 32 if dtype == torch.float32 else min(block_n, 64)
+    if dtype == torch.float32:  # sums of ordinary arithmetic: a product's operands are in registers
+        block_m, block_n, block_k = 64, min(block_n, 64), 16
+    elif itemsize == 4 or dtype == torch.float16:  # float32 in shared memory, and an x that is converted
+        block_m, block_n = 32, min(block_n, 64)
     stage = ((1 + k * (1 if plain else 4 // itemsize)) * block_n + block_m) * block_k * itemsize
     return Config(block_m, block_n, block_k, 8, max(2, min(3, shared // stage + 1)))
