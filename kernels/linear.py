@@ -244,9 +244,10 @@ def _config(
     stored = [o.parts[-1].dtype for o in operands if o.kind in ("dense", "sparse")]
     weights = functools.reduce(torch.promote_types, stored, weight)
     if execution == "combine":
-        plain = all(o.kind == "dense" for o in operands)
+        plain = all(o.kind == "dense" for o in operands)  # low-rank vectors take registers here
         return tiling.combine_config(len(projections[0].operands), x.dtype, weights, plain)
     k = max(len(e.own) for e in found)
     width = min((e.width for e in found if e.width), default=0)
     wgmma = tiling.has_wgmma(x.device)
-    return tiling.split_config(tokens, outs, in_features, k, x.dtype, weights, width, wgmma=wgmma)
+    plain = all(o.kind in ("dense", "low-rank") for o in operands)
+    return tiling.split_config(tokens, outs, in_features, k, x.dtype, weights, width, plain, wgmma=wgmma)

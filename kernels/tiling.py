@@ -31,15 +31,16 @@ def split_config(
     dtype: torch.dtype,
     weights: torch.dtype,
     width: int = 0,
+    plain: bool = True,
     hip: bool = torch.version.hip is not None,
     wgmma: bool = False,
 ) -> Config:
     """The launch of `split` for activations [tokens, in_features] of `dtype`, a base and `k` vectors up to `weights`.
 
-    k: vectors of an entry. width: of the bit planes that vectors lie in, if any do. wgmma: large products read shared
-    memory by themselves, which leaves registers. Tiles read full 128-byte lines of the weights. The sums, and the words
-    that wait for their plane, stay under about 128 registers a thread and stages under 96 KiB of shared memory (64 on
-    AMD), so that two blocks share a multiprocessor.
+    k: vectors of an entry. width: of the bit planes that vectors lie in, if any do. plain: none is decoded. wgmma: big
+    products read shared memory by themselves, which leaves registers. Tiles read full 128-byte lines of the weights.
+    The sums, and the words that wait for their plane, stay under about 128 registers a thread and stages under 96 KiB
+    of shared memory (64 on AMD), so that two blocks share a multiprocessor.
     """
     shared = 64 << 10 if hip else 96 << 10
     itemsize = dtype.itemsize if dtype == weights else 4
@@ -50,11 +51,13 @@ def split_config(
     else:
         block_m = min(max(triton.next_power_of_2(tokens), 16), 32 if itemsize == 4 else 64)
         block_n = 64 if k <= 1 else 32
-        warps = 8 if block_m == 64 or dtype == torch.float32 else 4
+        if not plain and (dtype == torch.float32 or (block_m == 64 and not wgmma)):
+            block_n = 16
+        warps = 8 if block_m == 64 or dtype == torch.float32 or not (plain or wgmma or hip) else 4
     loaded = 1 if width else k + 1
     stage = (loaded * block_n + block_m) * block_k * itemsize
     # One of the stages is in registers, unless the matrix instruction reads shared memory by itself.
-    stages = max(2, min(4, shared // stage + (block_m < 64)))
+    stages = max(2, min(3 if block_m == 64 and not plain else 4, shared // stage + (block_m < 64)))
     programs = triton.cdiv(tokens, block_m) * triton.cdiv(out_features, block_n)
     split_k = 1
     while programs * split_k < PROGRAMS and in_features >= 8 * block_k * split_k:
@@ -68,7 +71,7 @@ def combine_config(
 ) -> Config:
     """The launch of `combine` for activations of `dtype` and a base and `k` vectors of up to `weights`.
 
-    plain: all vectors are dense; to decode others takes registers.
+    plain: all vectors are dense; others take registers.
     """
     shared = 64 << 10 if hip else 96 << 10
     itemsize = dtype.itemsize if dtype == weights else 4

@@ -41,12 +41,15 @@ class Case:
     """`call` launches kernels on meta tensors for a target. Budgets: registers a thread; `matrix`: the products' size.
 
     matrix "large": wgmma on Hopper, tcgen05 on Blackwell; "small": mma.sync; on AMD v_mfma for either; "": none needed.
+    spills: stack accesses. A few are the assembler's price for one more block on a multiprocessor, at 128 or 168
+    registers; a tile that does not fit has hundreds.
     """
 
     name: str
     call: Callable[[str], Any]
     registers: int = 255
     matrix: str = ""
+    spills: int = 8
 
 
 class Launch(NamedTuple):

@@ -55,7 +55,7 @@ def test_budgets(measured, target):
         case = CASES[row["case"]]
         needed = {"large": LARGE, "small": SMALL}.get(case.matrix, {}).get(target)
         fine = (
-            row["spills"] == 0
+            row["spills"] <= case.spills
             and row["registers"] <= case.registers
             and row["shared"] <= SHARED[target]
             and (needed is None or needed in row["matrix"] or row["kernel"] == "sum_kernel")
