@@ -69,7 +69,7 @@ def main(
 ) -> None:
     """Measure every format on the shipped models."""
     console = Console()
-    console = console if console.is_terminal else Console(width=160)
+    console = console if console.is_terminal else Console(width=140)
     disable_progress_bar()
     kept: dict[str, Any] = {"bench": "formats", **record.environment("cpu"), "rows": []}
     for domain in domains.split(","):
@@ -154,14 +154,13 @@ def _widths(vector: AlignmentVector) -> list[int]:
 
 
 def report(console: Console, rows: list[Row]) -> None:
-    """A line for each format: the vectors side by side."""
-    domains = list(dict.fromkeys(row["domain"] for row in rows))
-    columns = ("", "of dense", "encoding error", "SNR dB", "output bf16", "output fp32", "logits", "largest")
-    table = Table(*columns, title=" / ".join(domains))
-    for text in dict.fromkeys(row["format"] for row in rows):
-        own = [row for row in rows if row["format"] == text]
-        table.add_row(text, *(" / ".join(_shown(row[key], form) for row in own) for key, form in SHOWN.items()))
-    console.print(table)
+    """A table for each vector, a line for each format."""
+    for domain in dict.fromkeys(row["domain"] for row in rows):
+        columns = ("", "of dense", "encoding error", "SNR dB", "output bf16", "output fp32", "logits", "largest")
+        table = Table(*columns, title=domain)
+        for row in (row for row in rows if row["domain"] == domain):
+            table.add_row(row["format"], *(_shown(row[key], form) for key, form in SHOWN.items()))
+        console.print(table)
 
 
 def _shown(value: float | None, form: str) -> str:

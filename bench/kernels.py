@@ -44,7 +44,7 @@ def main(
 ) -> None:
     """Time the operator in every format beside merged weights.
 
-    With --tokens and an --output of the same device and commit, rows of other numbers of tokens stay in it.
+    With --tokens and an --output of the same device and versions, rows of other numbers of tokens stay in it.
     """
     kind = "cuda" if device.startswith("cuda") else "cpu"
     if kind == "cuda" and not torch.cuda.is_available():
@@ -65,20 +65,22 @@ def main(
     chosen = tuple(map(int, tokens.split(","))) if tokens else (QUICK if quick else TOKENS)[kind]
     bench = Bench(device, shapes, read_bandwidth(device, repeats), repeats, backend)
     before = record.read(output) if tokens and output is not None and output.exists() else {"rows": []}
-    same = all(before.get(key) == kept[key] for key in ("commit", "versions", "scale"))
+    same = all(before.get(key) == kept[key] for key in ("versions", "threads", "scale"))
     rows = [row for row in before["rows"] if same and row.get("tokens") not in chosen and row["section"] != "set"]
     rows = [row for row in rows if row["section"] != "re-merge" or not remerge]
-    kept |= {"read_gb_per_s": 1e-9 * bench.bandwidth, "rows": [*rows, setting(device)]}
+    kept["read_gb_per_s"] = 1e-9 * bench.bandwidth
+    stamp = {key: kept[key] for key in ("commit", "date", "read_gb_per_s")}  # rows may come from several runs
+    kept["rows"] = [*rows, setting(device) | stamp]
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("timing", total=None)
         for count in chosen:
             progress.update(task, description=f"timing {count} tokens")
-            kept["rows"] += bench.linear(cases(kind, count, quick))
+            kept["rows"] += [row | stamp for row in bench.linear(cases(kind, count, quick))]
             if output is not None:  # what a run that is cut short has measured
                 record.write(output, kept)
         if remerge:
             progress.update(task, description="timing re-merges")
-            kept["rows"] += bench.remerge("bfloat16" if kind == "cuda" else "float32", quick)
+            kept["rows"] += [row | stamp for row in bench.remerge("bfloat16" if kind == "cuda" else "float32", quick)]
     report(console, kept)
     if output is not None:
         record.write(output, kept)

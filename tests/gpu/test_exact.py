@@ -21,15 +21,15 @@ TOKENS = (1, 16, 64, 128, 2048) if ON_GPU else (5,)
 OUT, INPUTS = (160, 2304) if ON_GPU else (40, 300)  # two chunks of bit planes; a tile that is not full
 
 
-def launched(execution: str, case: Case, planes: int, width: int, stages: int) -> list[Config]:
+def launched(execution: str, case: Case, width: int, stages: int) -> list[Config]:
     """The tiles that a large layer would take, and those with the inputs split."""
     if not ON_GPU:
         return [Config(16, 64, 64, 4, stages)]
     if execution == "combine":
         chosen = tiling.combine_config(case.k, case.dtype, case.dtype, plain=case.format == "dense")
         return [replace(chosen, num_stages=stages)]
-    sizes = (case.tokens, 8192, case.in_features, case.k, case.dtype, case.dtype, planes, width)
-    chosen = replace(tiling.split_config(*sizes), num_stages=stages)
+    sizes = (case.tokens, 8192, case.in_features, case.k, case.dtype, case.dtype)
+    chosen = replace(tiling.split_config(*sizes, width=width), num_stages=stages)
     return [replace(chosen, split_k=count) for count in (1, 3)]
 
 
@@ -40,12 +40,11 @@ def test_integers(format: str, execution: str, stages: int) -> None:
     for tokens in TOKENS:
         case = Case(tokens, OUT, INPUTS, 3, format=format)
         args = case.make(integers=True)
-        coded = [o for o in args[3] if o.width]
-        planes, width = (32 // coded[0].bits, coded[0].width) if coded else (1, 0)
+        width = min((o.width for o in args[3] if o.width), default=0)
         for count in (1, 4) if tokens % 4 == 0 else (1,):
             args[7].fill_(count)
             truth = reference.linear(*args).to(case.dtype)
-            for config in launched(execution, case, planes, width, stages):
+            for config in launched(execution, case, width, stages):
                 try:
                     y = linear.linear(*args, execution=execution, config=config)
                 except triton.runtime.errors.OutOfResources:
