@@ -81,5 +81,5 @@ def combine_config(
         block_m, block_n, block_k = 64, min(block_n, 64), 16
     elif itemsize == 4 or dtype == torch.float16:  # float32 in shared memory, and an x that is converted
         block_m, block_n = 32, min(block_n, 64)
-    stage = ((1 + k * (1 if plain else 4 // itemsize)) * block_n + block_m) * block_k * itemsize
+    stage = ((1 + k * (1 if plain else 8 // itemsize)) * block_n + block_m) * block_k * itemsize  # words and scales
     return Config(block_m, block_n, block_k, 8, max(2, min(3, shared // stage + 1)))

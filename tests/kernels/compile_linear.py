@@ -106,9 +106,11 @@ CASES += [
     ),
     _case("split-m16-sign1-k8", "split", 16, ["sign:1"] * 8, registers=220),
     _case("split-m16-int4-k16-fp16-bias", "split", 16, ["int:4"] * 16, FP16, bias=True, registers=264),
-    _case("split-m64-int4-k3", "split", 64, ["int:4"] * 3),
+    _case("split-m64-int4-k3", "split", 64, ["int:4"] * 3, matrix="large"),
     _case("split-m16-int4-k3-fp32", "split", 16, ["int:4"] * 3, FP32, matrix="", registers=255),
     _case("split-m16-mixed-k6", "split", 16, MIXED, registers=210),
-    _case("split-m64-mixed-k6-bias", "split", 64, MIXED, bias=True, spills=80),  # on Blackwell, at 128 registers
-    _case("combine-m2048-mixed-k6-merged-bias", "combine", 2048, MIXED, precision="merged", bias=True),
+    _case(
+        "split-m64-mixed-k6-bias", "split", 64, MIXED, bias=True, matrix="large", spills=80
+    ),  # on Blackwell, at 128 registers
+    _case("combine-m2048-mixed-k6-merged-bias", "combine", 2048, MIXED, precision="merged", bias=True, matrix="large"),
 ]
