@@ -28,7 +28,7 @@ def main(
     figure = _formats(kept) if kept.get("bench") == "formats" else _kernels(kept)
     path = output or results.with_suffix(".png")
     temporary = path.with_name(path.name + ".partial")
-    figure.savefig(temporary, dpi=150, format="png")
+    figure.savefig(temporary, dpi=110, format="png")
     plt.close(figure)
     temporary.replace(path)
     print(f"wrote {path}")
@@ -44,7 +44,7 @@ def _kernels(kept: Row) -> plt.Figure:
     columns = min(count, 3)
     lines = -(-count // columns)
     tall = max(len(own) for own in groups.values())
-    figure, axes = plt.subplots(lines, columns, figsize=(6 * columns, (0.3 * tall + 1.2) * lines), squeeze=False)
+    figure, axes = plt.subplots(lines, columns, figsize=(6 * columns, (0.2 * tall + 1.2) * lines), squeeze=False)
     for axis in axes.flat[count:]:
         axis.remove()
     for axis, ((tokens, dtype), own) in zip(axes.flat, sorted(groups.items()), strict=False):
@@ -52,19 +52,20 @@ def _kernels(kept: Row) -> plt.Figure:
         others = [row for row in own if row["way"] != "merged"]
         for at, row in enumerate(others):
             median, low, high = (row[f"{key}_ms"] / merged for key in ("median", "p20", "p80"))
-            axis.barh(at, median, color="tab:blue" if row["way"] == "operator" else "tab:gray", height=0.7)
             axis.plot([low, high], [at, at], color="black", linewidth=1)
-            axis.plot(row["floor_ms"] / merged, at, marker="|", color="tab:green", markersize=12)
+            axis.plot(median, at, "o", color="tab:blue" if row["way"] == "operator" else "tab:gray", markersize=5)
+            axis.plot(row["floor_ms"] / merged, at, "|", color="tab:green", markersize=9, markeredgewidth=2)
             if row.get("target") is not None:
-                axis.plot(row["target"], at, marker="|", color="tab:red", markersize=12)
+                axis.plot(row["target"], at, "|", color="tab:red", markersize=9, markeredgewidth=2)
         axis.set_yticks(range(len(others)), [_label(row) for row in others], fontsize=7)
         axis.axvline(1, color="black", linewidth=0.6)
-        axis.invert_yaxis()
+        axis.set_ylim(tall - 0.5, -0.5)
+        axis.grid(axis="y", linewidth=0.3)
         axis.set_xscale("log")
         axis.set_title(f"{tokens} tokens, {dtype}; merged {1e3 * merged:.0f} us", fontsize=9)
         axis.set_xlabel("times merged (green: bytes at read bandwidth, red: target)", fontsize=7)
     figure.suptitle(f"{kept['device']}, torch {kept['versions']['torch']}, {kept['date'][:10]}", fontsize=10)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 1, 0.99))
     return figure
 
 
