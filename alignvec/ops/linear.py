@@ -50,10 +50,9 @@ def _linear(
     backend: str,
 ) -> Tensor:
     """`x W^T + b + sum_i table[row, columns[i]] (x D_i^T + b_i)`: x [..., in_features] -> [..., out_features]."""
-    x_2d = x.reshape(-1, x.shape[-1])
-    execution = planner.choose(execution, x_2d.shape[0], weight, specs, parts, precision)
+    execution = planner.choose(execution, x, weight, specs, parts, precision)
     y = planner.linear_kernel(x.device, backend)(
-        x_2d,
+        x.reshape(-1, x.shape[-1]),
         weight,
         bias,
         _operands(specs, parts, weight),
@@ -128,7 +127,7 @@ def _linear_group(
     members = zip(weights, optional, layers, bias_deltas, columns, strict=True)
     shared = (table, rows, token_rows)
     first = [part for operand in layers[0] for part in operand.parts]
-    execution = planner.choose(execution, len(flat), weights[0], specs[: vectors[0]], first, precision)
+    execution = planner.choose(execution, x, weights[0], specs[: vectors[0]], first, precision)
     if planner.resolve_backend(x.device.type, backend) == "triton":
         from alignvec.kernels.linear import Projection
         from alignvec.kernels.linear import linear_group as run

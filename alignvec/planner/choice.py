@@ -85,22 +85,32 @@ def break_even(problem: Problem) -> float:
 
 
 def choose(
-    execution: str, tokens: int, weight: Tensor, specs: Sequence[str], parts: Sequence[Tensor], precision: str
+    execution: str,
+    x: Tensor,
+    weight: Tensor,
+    specs: Sequence[str],
+    parts: Sequence[Tensor],
+    precision: str,
 ) -> str:
     """What `execution="auto"` is for a call on a GPU, where mixes are on the device; every other choice stands.
 
+    x: [..., in_features]; of [batch, tokens, in_features] there are no more mixes than the batch has sequences.
     specs, parts: of the layer's operands (`operands.parse`). On a CPU "auto" stays: `kernels.eager` reads the mixes
     themselves and decides by them. Cached by bucket of tokens, shape and formats: microseconds.
     """
     if execution != "auto" or not weight.is_cuda:
         return execution
     sizes = tuple([part.nbytes for part in parts])
-    return _choose(bucket(tokens), weight.shape, weight.dtype, tuple(specs), sizes, precision, weight.device)
+    tokens, mixes = x.numel() // max(x.shape[-1], 1), x.shape[0] if x.dim() > 2 else None
+    if mixes is not None and mixes > 1:  # a power of two, as tokens are: so many tokens of each
+        mixes = max(bucket(tokens) // bucket(tokens // mixes), 2)
+    return _choose(bucket(tokens), mixes, weight.shape, weight.dtype, tuple(specs), sizes, precision, weight.device)
 
 
 @functools.lru_cache(4096)
 def _choose(
     tokens: int,
+    mixes: int | None,
     shape: tuple[int, int],
     dtype: torch.dtype,
     specs: tuple[str, ...],
@@ -114,7 +124,7 @@ def _choose(
         vectors.append((spec, sum(sizes[position : position + size])))
         position += size
     name = str(dtype).removeprefix("torch.")
-    return plan(Problem(tokens, *shape, tuple(vectors), find(device), name, None, precision)).execution
+    return plan(Problem(tokens, *shape, tuple(vectors), find(device), name, mixes, precision)).execution
 
 
 def forget() -> None:

@@ -8,7 +8,7 @@ import torch
 import alignvec
 from alignvec import AlignvecError, planner
 from tests.attach.test_architectures import relative
-from tests.attach.test_formats import FORMATS, encoded
+from tests.attach.test_every_format import FORMATS, encoded
 from tests.models import random_vector, tiny
 
 pytest.importorskip("triton")

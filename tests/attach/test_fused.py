@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import alignvec
 from alignvec import AlignmentVector, fused, ops
-from tests.attach.test_formats import FORMATS, encoded, model_of
+from tests.attach.test_every_format import FORMATS, encoded, model_of
 from tests.models import random_vector, tiny
 
 IDS = torch.randint(3, 101, (2, 5), generator=torch.Generator().manual_seed(3))

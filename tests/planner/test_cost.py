@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from alignvec import AlignvecError, planner
 from alignvec.kernels import configs
-from alignvec.planner import Plan, Problem, break_even, plan
+from alignvec.planner import Plan, Problem, break_even, choice, plan
 from alignvec.planner.cost import corrected, materialise, model
 from alignvec.planner.explain import operand
 
@@ -162,8 +164,6 @@ def test_a_forced_execution_is_taken_and_said(execution: str) -> None:
 
 
 def test_backends(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
     from alignvec.kernels import eager
 
     planner.resolve_backend.cache_clear()
@@ -213,3 +213,25 @@ def test_a_table_corrects_the_model(monkeypatch: pytest.MonkeyPatch, tmp_path: A
     slow = plan(problem("int4", tokens=64, mixes=1))
     assert slow.execution == "combine"
     assert "8.00 times" in str(plan(problem("int4", tokens=64), "split"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "chosen"),
+    [
+        ((16, 1), "split"),  # decode: every sequence may have its own mix
+        ((300, 1), "split"),
+        ((1, 1), "split"),
+        ((1, 2048), "materialise"),  # one sequence has one mix
+        ((16, 128), "combine"),  # 128 tokens of a sequence fill a tile of combine
+        ((256, 8), "split"),  # a tile would be computed for each of 16 sequences
+    ],
+)
+def test_a_call_has_no_more_mixes_than_sequences(shape: tuple[int, int], chosen: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr(choice, "find", lambda _: H200)
+    weight: Any = SimpleNamespace(is_cuda=True, shape=(4096, 4096), dtype=torch.bfloat16, device="fake")
+    parts = [torch.empty(4096, 4096, dtype=torch.bfloat16, device="meta")] * 3
+    x = torch.empty(*shape, 4096, device="meta")
+    choice._choose.cache_clear()
+    assert choice.choose("auto", x, weight, ["dense:0:0:1073741824"] * 3, parts, "exact") == chosen
+    assert choice.choose("split", x, weight, [], [], "exact") == "split"
+    choice._choose.cache_clear()
