@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -227,7 +228,7 @@ def test_a_table_corrects_the_model(monkeypatch: pytest.MonkeyPatch, tmp_path: A
     ],
 )
 def test_a_call_has_no_more_mixes_than_sequences(shape: tuple[int, int], chosen: str, monkeypatch: Any) -> None:
-    monkeypatch.setattr(choice, "find", lambda _: H200)
+    monkeypatch.setattr(choice, "find", functools.cache(lambda _: H200))
     weight: Any = SimpleNamespace(is_cuda=True, shape=(4096, 4096), dtype=torch.bfloat16, device="fake")
     parts = [torch.empty(4096, 4096, dtype=torch.bfloat16, device="meta")] * 3
     x = torch.empty(*shape, 4096, device="meta")
