@@ -8,6 +8,7 @@ import torch
 from alignvec.errors import AlignvecError
 from alignvec.kernels import eager, linear, operands, reference
 from alignvec.kernels.configs import Config
+from alignvec.kernels.packing import Projection
 from tests.kernels.cases import (
     BF16,
     DEVICE,
@@ -15,6 +16,7 @@ from tests.kernels.cases import (
     FP16,
     FP32,
     IMPLEMENTATIONS,
+    SPLIT_3,
     TILE,
     Case,
     assert_one_rounding,
@@ -39,9 +41,10 @@ CASES = [
     Case(64, 100, 96, 3, rows=2),
 ]
 FORMAT_CASES = [
-    Case(6, 40, 150, k, dtype, rows=rows, format=name, bias=bias)
+    Case(6, 40, 150, k, FP16 if k == rows == 3 else BF16, rows=rows, format=name, bias=rows == 3)
     for name in (*FORMATS[1:], "mixed")
-    for k, rows, bias, dtype in ((1, 1, False, BF16), (3, 3, True, FP16), (8, "random", False, BF16))
+    for k in (1, 3, 8)
+    for rows in (1, 3, "random")
 ]
 FORMAT_CASES += [Case(6, 40, 150, 3, FP32, rows=2, format=name) for name in ("int4:32", "sign:row", "mixed")]
 FORMAT_CASES += [
@@ -70,6 +73,28 @@ def test_one_rounding_from_the_truth(case, name):
     assert y.dtype == case.dtype
     assert y.shape == (case.tokens, case.out_features)
     assert_one_rounding(y, reference.linear(*args))
+
+
+@pytest.mark.parametrize("k", [1, 3, 8])
+@pytest.mark.parametrize("name", [*FORMATS, "mixed"])
+def test_materialised_is_one_rounding_from_the_truth(name, k):
+    args = Case(6, 40, 150, k, format=name, bias=k == 3).make()
+    assert_one_rounding(linear.linear(*args, execution="materialise"), reference.linear(*args))
+
+
+@pytest.mark.parametrize("config", [TILE, SPLIT_3], ids=["one_part", "split_k"])
+@pytest.mark.parametrize("name", ["dense", "int4:32", "lossless:4", "sparse", "low-rank", "mixed"])
+def test_projections_of_one_input_in_one_launch(name, config):
+    """Three layers with different outputs, vectors and biases; entries of the mixed ones have different planes."""
+    layers = [
+        Case(6, n, 150, k, rows=3, bias=b, format=name) for n, k, b in ((70, 9, True), (33, 1, False), (40, 4, True))
+    ]
+    made = [case.make(seed) for seed, case in enumerate(layers)]
+    x, rows, table = made[0][0], made[0][7], torch.randn(8, 11, device=DEVICE)
+    projections = [Projection(*args[1:6]) for args in made]
+    together = linear.linear_group(x, projections, table, rows, execution="split", config=config)
+    for args, y in zip(made, together, strict=True):
+        assert_one_rounding(y, reference.linear(x, *args[1:6], table, rows))
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
