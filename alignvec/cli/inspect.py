@@ -30,7 +30,8 @@ def inspect(
         opened = {name: vector.with_base(base) if vector.needs_base else vector for name, vector in opened.items()}
     for name, vector in opened.items():
         title = f"{name}: {vector.format}, {len(vector)} tensors, {size(vector.nbytes)}"
-        console.print(_tensors(title, vector) if tensors else _layers(title, vector, base))
+        for shown in [_tensors(title, vector)] if tensors else _layers(title, vector, base):
+            console.print(shown)
         error = total_error(vector)
         dense = sum(dense_bytes(vector, each) for each in vector)
         lost = "error not measured" if error is None else f"error {_error(error)}, SNR {_snr(error)}"
@@ -48,25 +49,26 @@ def inspect(
         console.print(cosines)
 
 
-def _layers(title: str, vector: AlignmentVector, base: str | None) -> Table:
-    columns = ["layer", "parameters", "changed", "norm", "largest change", *(["norm / base"] if base else []), *STORED]
-    rows = table(title, *columns)
+def _layers(title: str, vector: AlignmentVector, base: str | None) -> list[Table]:
+    """Where the vector acts, and what it takes."""
+    acts = table(title, "layer", "parameters", "changed", "norm", "largest change", *(["norm / base"] if base else []))
+    takes = table("as stored", "layer", *STORED, numeric_from=2)
     for layer in statistics(vector, base):
-        cells = [str(layer.layer), f"{layer.parameters:,}"]
-        cells += [_shown(layer.changed, ".1%"), _shown(layer.norm, ".4g"), _shown(layer.max_abs, ".3g")]
+        cells = [f"{layer.parameters:,}", _shown(layer.changed, ".1%"), _shown(layer.norm, ".4g")]
+        cells.append(_shown(layer.max_abs, ".3g"))
         if base:
             cells.append(_shown(layer.relative_norm, ".2e"))
-        rows.add_row(*cells, _formats(layer), *_stored(layer.nbytes, layer.dense_bytes, layer.error))
-    return rows
+        acts.add_row(str(layer.layer), *cells)
+        takes.add_row(str(layer.layer), _formats(layer), *_stored(layer.nbytes, layer.dense_bytes, layer.error))
+    return [acts, takes]
 
 
 def _tensors(title: str, vector: AlignmentVector) -> Table:
-    rows = table(title, "tensor", "shape", *STORED)
-    for name, info in vector.tensors.items():
+    rows = table(title, "tensor", *STORED, numeric_from=2)
+    for name in vector:
         error = vector.errors.get(name)
         cells = _stored(vector.stored_bytes(name), dense_bytes(vector, name), None if error is None else error.relative)
-        shape = " x ".join(map(str, info.shape)) or "scalar"
-        rows.add_row(name, shape, str(vector.format_of(name)), *cells)
+        rows.add_row(name, str(vector.format_of(name)), *cells)
     return rows
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -46,10 +47,11 @@ def mix(option: str, values: list[str]) -> dict[str, float]:
 
 
 def table(title: str, *columns: str, numeric_from: int = 1) -> Table:
-    """A plain table whose columns from `numeric_from` on are right-aligned."""
-    made = Table(title=title, title_justify="left", header_style="bold")
+    """A plain table whose columns from `numeric_from` on are numbers, right-aligned and never cut: text folds."""
+    made = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD)
     for i, column in enumerate(columns):
-        made.add_column(column, justify="right" if i >= numeric_from else "left")
+        number = i >= numeric_from
+        made.add_column(column, justify="right" if number else "left", no_wrap=number, overflow="fold")
     return made
 
 
