@@ -265,24 +265,26 @@ def side_dot(x_rows, x_stride_k, m_mask, w_ptr, w_stride_n, w_stride_k, parts, o
 def expand(x_ptr, parts, sizes, offs_m, tokens, n, mask, acc, RANK_PARTS: tl.constexpr):
     """`acc + t B^T` of a low-rank delta: parts are t = x A^T, float32 [RANK_PARTS, tokens, rank] to be added up, and B.
 
-    t keeps its float32: beside 16-bit activations it meets B as the sum of two bfloat16.
+    t keeps its float32: beside 16-bit activations it meets B as the sum of two bfloat16. It is the second operand: what
+    is built in registers must not be a wide product's first one on Hopper (triton-lang/triton#9433).
     """
     block: tl.constexpr = 32
     rank = sizes[2]
-    m, m_mask = offs_m.to(tl.int64)[:, None], (offs_m < tokens)[:, None]
+    m, m_mask = offs_m.to(tl.int64)[None, :], (offs_m < tokens)[None, :]
+    total = tl.zeros((n.shape[0], offs_m.shape[0]), tl.float32)
     for start in tl.range(0, rank, block, num_stages=1):
         r = start + tl.arange(0, block)
         r_mask = r < rank
-        t = tl.zeros((offs_m.shape[0], block), tl.float32)
+        t = tl.zeros((block, offs_m.shape[0]), tl.float32)
         for s in range(RANK_PARTS):
-            at = parts[0] + (s * tokens.to(tl.int64) + m) * rank + r[None, :]
-            t += tl.load(at, mask=m_mask & r_mask[None, :], other=0.0)
-        at = parts[1] + n[None, :] * sizes[3] + r[:, None]
-        b = tl.load(at, mask=r_mask[:, None] & mask[None, :], other=0.0)
+            at = parts[0] + (s * tokens.to(tl.int64) + m) * rank + r[:, None]
+            t += tl.load(at, mask=m_mask & r_mask[:, None], other=0.0)
+        at = parts[1] + n[:, None] * sizes[3] + r[None, :]
+        b = tl.load(at, mask=r_mask[None, :] & mask[:, None], other=0.0)
         if x_ptr.dtype.element_ty != tl.float32 and b.dtype == tl.bfloat16:
             high = t.to(tl.bfloat16)
             low = (t - high.to(tl.float32)).to(tl.bfloat16)
-            acc = tl.dot(low, b, tl.dot(high, b, acc))
+            total = tl.dot(b, low, tl.dot(b, high, total))
         else:
-            acc = tl.dot(t, b.to(tl.float32), acc, input_precision="ieee")
-    return acc
+            total = tl.dot(b.to(tl.float32), t, total, input_precision="ieee")
+    return acc + tl.trans(total)

@@ -65,9 +65,9 @@ def random_vector(model: nn.Module, seed: int, scale: float = 0.1, base: bool = 
     """A delta of `scale` times the parameter's own size on every parameter, tied ones once."""
     generator = torch.Generator().manual_seed(seed)
     deltas = {
-        name: (torch.randn(p.shape, generator=generator) * scale * (p.detach().float().std(correction=0) + 0.05)).to(
-            p.dtype
-        )
+        name: (
+            torch.randn(p.shape, generator=generator) * scale * (float(p.detach().float().std(correction=0)) + 0.05)
+        ).to(p.device, p.dtype)
         for name, p in model.named_parameters()
     }
     return AlignmentVector(deltas, identify(model) if base else None)

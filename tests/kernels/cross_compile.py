@@ -29,6 +29,8 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+# A first operand in registers: accumulators in braces, and then braces again where a descriptor would be.
+REGISTER_OPERAND = r"wgmma\.mma_async\.sync[^;{]*\{[^}]*\}\s*,\s*\{"
 MATRIX = {"cuda": r"(wgmma\.mma|tcgen05\.mma|mma\.sync)", "hip": r"(v_mfma|v_fma_f32|v_pk_fma_f32)"}
 WIDE = {  # accesses to global memory of 16 bytes
     "cuda": r"(?:ld|st)\.global\S*\.v(?:4\.b32|2\.b64)|cp\.async\.cg\.shared\.global",
@@ -101,6 +103,7 @@ def _measure(compiled: CompiledKernel, backend: str) -> dict[str, Any]:
         numbers = {key: int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count")}
         row |= {"registers": numbers["vgpr_count"], "spills": numbers["vgpr_spill_count"]}
     wide = len(re.findall(WIDE[backend], text))
+    row["register_operand"] = bool(re.search(REGISTER_OPERAND, text))
     return row | {"matrix": sorted(set(re.findall(MATRIX[backend], text))), "wide": wide}
 
 

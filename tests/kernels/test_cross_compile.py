@@ -58,6 +58,7 @@ def test_budgets(measured, target):
             row["spills"] <= case.spills
             and row["registers"] <= case.registers
             and row["shared"] <= SHARED[target]
+            and not row["register_operand"]  # of wgmma: triton-lang/triton#9433
             and (needed is None or needed in row["matrix"] or row["kernel"] == "sum_kernel")
         )
         if not fine:
