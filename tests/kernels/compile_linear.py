@@ -112,5 +112,14 @@ CASES += [
     _case(
         "split-m64-mixed-k6-bias", "split", 64, MIXED, bias=True, matrix="large", spills=80
     ),  # on Blackwell, at 128 registers
-    _case("combine-m2048-mixed-k6-merged-bias", "combine", 2048, MIXED, precision="merged", bias=True, matrix="large"),
+    _case(
+        "combine-m2048-mixed-k6-merged-bias",
+        "combine",
+        2048,
+        MIXED,
+        precision="merged",
+        bias=True,
+        matrix="large",
+        registers=264,
+    ),
 ]
