@@ -16,13 +16,11 @@ from alignvec.coefficients import Coefficients
 from alignvec.edit import Deltas, Edit
 from alignvec.errors import AlignvecError
 from alignvec.fused import fuse as fuse_siblings
-from alignvec.kernels.operands import Operand, dense
+from alignvec.kernels.operands import MAX_VECTORS, Operand, dense
 from alignvec.modules import AlignedLinear, view
 from alignvec.names import Delta, live_deltas, parameter_names, parameter_value
 from alignvec.vector import AlignmentVector
 from alignvec.verify import verify_base
-
-MAX_VECTORS = 16
 
 
 def attach(

@@ -12,9 +12,7 @@ from torch import Tensor
 from alignvec.errors import AlignvecError
 from alignvec.kernels import tiles
 from alignvec.kernels.materialise import low_rank
-from alignvec.kernels.operands import Operand
-
-MAX_VECTORS = 16
+from alignvec.kernels.operands import MAX_VECTORS, Operand
 
 
 @triton.jit(do_not_specialize=["tokens"])

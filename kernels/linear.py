@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 from collections import Counter
@@ -18,12 +17,10 @@ from alignvec.kernels import configs, packing, tiles, tiling
 from alignvec.kernels.combine import combine_kernel
 from alignvec.kernels.configs import Config
 from alignvec.kernels.materialise import materialise
-from alignvec.kernels.operands import Operand
-from alignvec.kernels.packing import Entry, Projection
+from alignvec.kernels.operands import MAX_VECTORS, Operand
+from alignvec.kernels.packing import Projection
 from alignvec.kernels.shrink import shrink_kernel
 from alignvec.kernels.split import split_kernel, sum_kernel
-
-MAX_VECTORS = 16
 
 
 def linear(
@@ -86,7 +83,7 @@ def linear_group(
     if y.numel() == 0:
         return list(y.split(outs, 1))
     coefficients = (table, rows, token_rows)
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+    with torch.cuda.device_of(x):
         if execution == "split":
             _split(y, x, projections, coefficients, config)
         else:
@@ -110,9 +107,15 @@ def _split(
     (tokens, in_features), table = x.shape, coefficients[0]
     projections, rank_parts = _shrunk(x, projections)
     found = packing.entries(projections)
-    c = _config("split", x, projections, found, config)
+    c = config or _tuned("split", x, projections)
+    if c is None:
+        k, width = max(len(e.own) for e in found), min((e.width for e in found if e.width), default=0)
+        plain = all(o.kind in ("dense", "low-rank") for p in projections for o in p.operands)
+        sizes = (tokens, y.shape[1], in_features, k, x.dtype, _widest(projections), width, plain)
+        c = tiling.split_config(*sizes, wgmma=tiling.has_wgmma(x.device))
     arguments, constants, tiles_n = packing.pack(found, c.block_n, c.block_k, c.split_k)
-    counts = tuple(Counter(e.number for e in found)[n] * c.split_k for n in range(len(projections)))
+    entries = Counter(e.number for e in found)
+    counts = tuple(entries[number] * c.split_k for number in range(len(projections)))
     most = max(counts)
     parts = y if most == 1 else torch.empty(most, *y.shape, dtype=torch.float32, device=x.device)
     split_kernel[(tiles_n, triton.cdiv(tokens, c.block_m), c.split_k)](
@@ -128,8 +131,8 @@ def _split(
     if most > 1:
         ends = tuple(itertools.accumulate(p.weight.shape[0] for p in projections))
         grid = (triton.cdiv(y.shape[1], 1024), tokens)
-        sizes = (y.stride(0), y.shape[1], tokens)
-        sum_kernel[grid](y, parts, *sizes, ends, counts, PROJECTIONS=len(projections), BLOCK=1024)
+        shape = (y.stride(0), y.shape[1], tokens)
+        sum_kernel[grid](y, parts, *shape, ends, counts, PROJECTIONS=len(projections), BLOCK=1024)
 
 
 def _combine(
@@ -142,13 +145,16 @@ def _combine(
 ) -> None:
     (tokens, in_features), table = x.shape, coefficients[0]
     (projection,), rank_parts = _shrunk(x, [projection])
-    c = _config("combine", x, [projection], packing.entries([projection]), config, "exact" if exact else "merged")
     k = len(projection.operands)
+    c = config or _tuned("combine", x, [projection], "exact" if exact else "merged")
+    if c is None:
+        plain = all(o.kind == "dense" for o in projection.operands)  # low-rank vectors take registers here
+        c = tiling.combine_config(k, x.dtype, _widest([projection]), plain)
     arguments = packing.layer(projection, range(k), 0, 0, 0)
     combine_kernel[(triton.cdiv(tokens, c.block_m) * triton.cdiv(y.shape[1], c.block_n),)](
         *(y, x, *arguments, *coefficients, tokens, in_features, y.stride(0), *x.stride(), table.stride(0)),
         VECTORS=k,
-        SPECS=tiles.specs(list(projection.operands)),
+        SPECS=tiles.specs(projection.operands),
         BIASES=packing.biases(projection),
         MERGED=not exact,
         RANK_PARTS=rank_parts,
@@ -163,7 +169,6 @@ def _combine(
 
 def _materialise(y: Tensor, x: Tensor, p: Projection, table: Tensor, rows: Tensor, exact: bool) -> None:
     """The mix of table row 0, or a high and a low half of it, in scratch, and the vendor's products with it."""
-
     high = torch.empty_like(p.weight)
     low = torch.empty_like(p.weight) if exact and p.weight.dtype != torch.float32 else None
     materialise(p.weight, p.operands, p.columns, table, rows, out=high, low=low)
@@ -199,8 +204,8 @@ def _shrunk(x: Tensor, projections: Sequence[Projection]) -> tuple[list[Projecti
     while split_k < 8 and tokens <= 16 and in_features >= 4 * block_k * split_k:
         split_k *= 2
     t = [torch.empty(split_k, tokens, o.parts[0].shape[0], dtype=torch.float32, device=x.device) for o in low_rank]
-    firsts = [sum(counts[:i]) for i in range(len(counts))]
-    numbers = tuple((o.parts[0].shape[0], f, *o.parts[0].stride()) for o, f in zip(low_rank, firsts, strict=True))
+    firsts = itertools.accumulate(counts, initial=0)  # and, unused, their sum
+    numbers = tuple((o.parts[0].shape[0], f, *o.parts[0].stride()) for o, f in zip(low_rank, firsts, strict=False))
     shrink_kernel[(sum(counts), triton.cdiv(tokens, block_m), split_k)](
         *(tuple(t), x, tuple(o.parts[0] for o in low_rank), numbers, tokens, in_features, *x.stride()),
         VECTORS=len(low_rank),
@@ -219,35 +224,18 @@ def _shrunk(x: Tensor, projections: Sequence[Projection]) -> tuple[list[Projecti
     return swapped, split_k
 
 
-def _config(
-    execution: str,
-    x: Tensor,
-    projections: Sequence[Projection],
-    found: Sequence[Entry],
-    chosen: Config | None,
-    precision: str = "exact",
-) -> Config:
-    """The tiles that the caller, the GPU's tuned table or the shape asks for."""
-    if chosen is not None:
-        return chosen
-    tokens, in_features = x.shape
+def _tuned(execution: str, x: Tensor, projections: Sequence[Projection], precision: str = "exact") -> Config | None:
+    """The tiles of the GPU's tuned table, if it has any for such a call."""
+    if not x.is_cuda:
+        return None
+    (tokens, in_features), first = x.shape, projections[0]
     outs = sum(p.weight.shape[0] for p in projections)
-    weight = projections[0].weight.dtype
-    if x.is_cuda:
-        specs = [o.spec for o in projections[0].operands]
-        name = torch.cuda.get_device_name(x.device)
-        dtype = str(weight).removeprefix("torch.")
-        tuned = configs.lookup(name, execution, specs, dtype, tokens, outs, in_features, precision)
-        if tuned is not None:
-            return tuned
-    operands = [o for p in projections for o in p.operands]
-    stored = [o.parts[-1].dtype for o in operands if o.kind in ("dense", "sparse")]
-    weights = functools.reduce(torch.promote_types, stored, weight)
-    if execution == "combine":
-        plain = all(o.kind == "dense" for o in operands)  # low-rank vectors take registers here
-        return tiling.combine_config(len(projections[0].operands), x.dtype, weights, plain)
-    k = max(len(e.own) for e in found)
-    width = min((e.width for e in found if e.width), default=0)
-    wgmma = tiling.has_wgmma(x.device)
-    plain = all(o.kind in ("dense", "low-rank") for o in operands)
-    return tiling.split_config(tokens, outs, in_features, k, x.dtype, weights, width, plain, wgmma=wgmma)
+    specs, dtype = [o.spec for o in first.operands], str(first.weight.dtype).removeprefix("torch.")
+    name = torch.cuda.get_device_name(x.device)
+    return configs.lookup(name, execution, specs, dtype, tokens, outs, in_features, precision)
+
+
+def _widest(projections: Sequence[Projection]) -> torch.dtype:
+    """The dtype that holds the weights and all values that are stored as such."""
+    stored = [o.parts[-1].dtype for p in projections for o in p.operands if o.kind in ("dense", "sparse")]
+    return functools.reduce(torch.promote_types, stored, projections[0].weight.dtype)

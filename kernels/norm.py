@@ -16,8 +16,8 @@ from torch import Tensor
 
 from alignvec.errors import AlignvecError
 from alignvec.kernels import tiles
+from alignvec.kernels.operands import MAX_VECTORS
 
-MAX_VECTORS = 16
 MAX_FEATURES = 1 << 15  # a token's features lie in the registers of one program
 
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+MAX_VECTORS = 16  # that edit one parameter
 PARTS = {"dense": 1, "codes": 2, "lossless": 5, "sparse": 4, "low-rank": 2}
 ROW = 1 << 30  # inputs that share a scale when a row has one
 BLOCK = 1 << 22  # values unpacked at a time while an operand is made

@@ -168,8 +168,7 @@ def decode(SPECS: tl.constexpr, i: tl.constexpr, parts, sizes, n, k, mask, w, SI
     """
     at_n = n.to(tl.int64)[None, :]
     if kind(SPECS, i) == DENSE:
-        at = at_n * sizes[0] + k.to(tl.int64)[:, None] * sizes[1]
-        d = tl.load(parts[0] + at, mask=mask, other=0.0).to(tl.float32)
+        d = _dense(parts, sizes, n, k, mask).to(tl.float32)
     elif kind(SPECS, i) == SPARSE:
         d = _sparse(parts, sizes, n, k, mask)
     else:
@@ -195,8 +194,7 @@ def decode(SPECS: tl.constexpr, i: tl.constexpr, parts, sizes, n, k, mask, w, SI
 def operand(SPECS: tl.constexpr, i: tl.constexpr, parts, sizes, n, k, mask, w):
     """The tile of `decode` as the operand of a product: in the narrowest dtype that holds it, no side table."""
     if kind(SPECS, i) == DENSE:
-        at = n.to(tl.int64)[None, :] * sizes[0] + k.to(tl.int64)[:, None] * sizes[1]
-        d = tl.load(parts[0] + at, mask=mask, other=0.0)
+        d = _dense(parts, sizes, n, k, mask)
     else:
         d = decode(SPECS, i, parts, sizes, n, k, mask, w, False)
         if kind(SPECS, i) == LOSSLESS:
@@ -204,6 +202,12 @@ def operand(SPECS: tl.constexpr, i: tl.constexpr, parts, sizes, n, k, mask, w):
         elif kind(SPECS, i) == SPARSE:
             d = d.to(parts[3].dtype.element_ty)
     return d
+
+
+@triton.jit
+def _dense(parts, sizes, n, k, mask):
+    at = n.to(tl.int64)[None, :] * sizes[0] + k.to(tl.int64)[:, None] * sizes[1]
+    return tl.load(parts[0] + at, mask=mask, other=0.0)
 
 
 @triton.jit
