@@ -48,9 +48,9 @@ def attach(
         precision: "exact" realises every coefficient to within 1e-3; "merged" gives what a merge rounded to the
             model's dtype gives.
         execution: "split" (one dot per vector), "combine" (the mix formed per tile) or "auto".
-        backend: "triton", "torch" or "auto".
+        backend: "cpp" (CPUs, compiled), "triton" or "cuda" (GPUs), "torch" (everywhere) or "auto".
         fuse: compute sibling layers that read one tensor (q, k and v; gate and up) in one launch each. By default where
-            Triton runs them.
+            a GPU's kernels run them.
 
     Raises:
         AlignvecError: vectors are attached already, none or too many are given, another base (the message names the
@@ -78,7 +78,7 @@ def attach(
     with torch.inference_mode(False), torch.no_grad():
         walk = _Walk(model, names, deltas, max_rows, tuple(loaded), (execution, precision, backend))
         swaps = walk.swaps()
-        if fuse or (fuse is None and planner.resolve_backend(walk.device.type, backend) == "triton"):
+        if fuse or (fuse is None and planner.resolve_backend(walk.device.type, backend) in planner.GROUPED):
             _fuse(swaps)
         return Alignment(model, walk.coefficients, swaps, backend)
 

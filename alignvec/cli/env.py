@@ -1,4 +1,4 @@
-"""`alignvec env`: versions, devices, and which backend would run, with the reason."""
+"""`alignvec env`: versions, devices, and which backends are live, with the reasons why others are not."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def env() -> None:
         rows.add_row("tuned table", table_in_use(properties.name))
     if not torch.cuda.is_available():
         rows.add_row("cuda", "no device")
-    for device in ("cpu", "cuda"):
-        rows.add_row(f"backend on {device}", backends(device))
+    for name, state in backends():
+        rows.add_row(f"backend {name}", state)
     for device in [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["H200"]:
         rows.add_row(f"plan on {device}{'' if ':' in device else ', not here'}", typical(device))
     rows.add_row("plan on cpu", typical("cpu"))

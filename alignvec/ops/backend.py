@@ -1,4 +1,4 @@
-"""What operators share: the function that runs one, in a family's Triton module or in plain torch, and gradients."""
+"""What operators share: the function that runs one on the chosen backend, and gradients."""
 
 from __future__ import annotations
 
@@ -14,15 +14,19 @@ from alignvec import planner
 
 
 def kernel(device: torch.device, backend: str, family: str, name: str) -> Callable[..., Any]:
-    """`name` of the Triton kernels' module `family`, or of the plain torch ones, for tensors on `device`."""
-    return _load(planner.resolve_backend(device.type, backend), family, name)
+    """`name` of a family of operators other than linear layers, as `backend` has it for tensors on `device`."""
+    return _load(planner.beside_linear(device.type, backend), family, name)
 
 
 @functools.cache
 def _load(backend: str, family: str, name: str) -> Callable[..., Any]:
-    # On first use: importing alignvec does not import triton.
-    module = importlib.import_module(f"alignvec.kernels.{family if backend == 'triton' else 'eager'}")
-    function: Callable[..., Any] = getattr(module, name)
+    # On first use: importing alignvec does not import triton, nor load a library.
+    modules = {
+        "triton": f"alignvec.kernels.{family}",
+        "cpp": "alignvec.compiled.cpu",
+        "torch": "alignvec.kernels.eager",
+    }
+    function: Callable[..., Any] = getattr(importlib.import_module(modules[backend]), name)
     return function
 
 

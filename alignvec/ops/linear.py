@@ -128,16 +128,13 @@ def _linear_group(
     shared = (table, rows, token_rows)
     first = [part for operand in layers[0] for part in operand.parts]
     execution = planner.choose(execution, x, weights[0], specs[: vectors[0]], first, precision)
-    if planner.resolve_backend(x.device.type, backend) == "triton":
-        from alignvec.kernels.linear import Projection
-        from alignvec.kernels.linear import linear_group as run
-
-        results = run(
-            flat, [Projection(*member) for member in members], *shared, execution=execution, precision=precision
-        )
+    chosen = planner.resolve_backend(x.device.type, backend)
+    run = planner.linear_module(chosen)
+    if chosen in planner.GROUPED:
+        projections = [run.Projection(*member) for member in members]
+        results = run.linear_group(flat, projections, *shared, execution=execution, precision=precision)
     else:
-        one = planner.linear_kernel(x.device, backend)
-        results = [one(flat, *member, *shared, execution=execution, precision=precision) for member in members]
+        results = [run.linear(flat, *member, *shared, execution=execution, precision=precision) for member in members]
     return _joined(results).view(*x.shape[:-1], -1)
 
 
@@ -214,15 +211,15 @@ def _linear_input_grad(
 ) -> Tensor:
     """`g W + sum_i table[row, columns[i]] g D_i`: grad [..., out_features] -> [..., in_features].
 
-    Where every operand has a transpose the linear kernel runs on it; the others are decoded in plain torch.
+    Where every operand has a transpose Triton's linear kernel runs on it; the others are decoded in plain torch.
     """
     vectors = _operands(specs, parts, weight)
     flat = grad.reshape(-1, grad.shape[-1])
     transposable = all(operand.kind in ("dense", "low-rank") for operand in vectors)
-    if transposable and planner.resolve_backend(grad.device.type, backend) == "triton":
+    if transposable and planner.beside_linear(grad.device.type, backend) == "triton":
         transposed = [_transposed(operand) for operand in vectors]
         layer = (weight.t(), None, transposed, None, columns)
-        run = planner.linear_kernel(grad.device, backend)
+        run = planner.linear_module("triton").linear
         grad_x: Tensor = run(
             flat.contiguous(), *layer, table, rows, token_rows, execution=execution, precision=precision
         )

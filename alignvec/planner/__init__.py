@@ -7,9 +7,12 @@ is, and `explain` says it to a user.
 from alignvec.planner.backends import (
     BACKENDS,
     EXECUTIONS,
+    GROUPED,
     PRECISIONS,
+    beside_linear,
     check_choice,
     linear_kernel,
+    linear_module,
     resolve_backend,
 )
 from alignvec.planner.choice import break_even, choose, forget, plan
@@ -19,15 +22,18 @@ from alignvec.planner.problem import Plan, Problem
 __all__ = [
     "BACKENDS",
     "EXECUTIONS",
+    "GROUPED",
     "PRECISIONS",
     "Plan",
     "Problem",
+    "beside_linear",
     "break_even",
     "check_choice",
     "choose",
     "find",
     "forget",
     "linear_kernel",
+    "linear_module",
     "plan",
     "resolve_backend",
 ]

@@ -17,7 +17,7 @@ from alignvec.errors import AlignvecError
 from alignvec.kernels import configs
 from alignvec.kernels.operands import ROW, plane_width
 from alignvec.planner import choice
-from alignvec.planner.backends import EXECUTIONS, PRECISIONS, check_choice, resolve_backend
+from alignvec.planner.backends import BACKENDS, EXECUTIONS, PRECISIONS, check_choice, obstacle, resolve_backend
 from alignvec.planner.devices import find
 from alignvec.planner.problem import Plan, Problem
 
@@ -87,16 +87,30 @@ def typical(device: str | torch.device) -> str:
     return str(plan((4096, 14336), tokens=16, rows=16, device=device, vectors=("int4",) * 3)[0])
 
 
-def backends(device_type: str) -> str:
-    """The backend that is live on "cpu" or "cuda", and why the others are not."""
-    if device_type == "cuda" and not torch.cuda.is_available():
-        return "none, as there is no device"
+def backends() -> list[tuple[str, str]]:
+    """Each backend and whether it is live here, with the reason where it is not; last what "auto" takes."""
+    gpu = torch.cuda.is_available()
+    said = []
+    for name in BACKENDS[1:]:
+        device_type = {"cpp": "cpu", "cuda": "cuda"}.get(name, "cuda" if gpu else "cpu")
+        reason = obstacle(device_type, name)
+        state = "live" if reason is None else f"not live: {reason}"
+        said.append((name, f"{state}, runs {cpu_capability()}" if name == "cpp" and reason is None else state))
+    return [*said, ("auto", "; ".join(map(_auto, ("cpu", "cuda") if gpu else ("cpu",))))]
+
+
+def _auto(device_type: str) -> str:
     try:
-        chosen = resolve_backend(device_type)
-        resolve_backend(device_type, "triton")
-    except AlignvecError as error:
-        return f"torch ({error})"
-    return chosen
+        return f"{resolve_backend(device_type)} on {'CPUs' if device_type == 'cpu' else 'GPUs'}"
+    except AlignvecError as error:  # ALIGNVEC_BACKEND names one that cannot run
+        return str(error)
+
+
+def cpu_capability() -> str:
+    """The instruction set that csrc/cpu runs, where it is live."""
+    import alignvec.compiled.cpu  # noqa: F401 - defines the operator
+
+    return str(torch.ops.alignvec.cpu_capability())
 
 
 def table_in_use(device_name: str) -> str:

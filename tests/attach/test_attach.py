@@ -76,7 +76,8 @@ def test_deltas_that_do_not_fit(model: nn.Module, deltas: dict, message: str) ->
         (17, {}, "17 vectors were given"),
         (1, {"precision": "rough"}, "precision='rough' is not one of exact, merged"),
         (1, {"execution": "magic"}, "execution='magic' is not one of"),
-        (1, {"backend": "cuda"}, "backend='cuda' is not one of"),
+        (1, {"backend": "abacus"}, "backend='abacus' is not one of"),
+        (1, {"backend": "cuda"}, "backend 'cuda' cannot run on cpu: it is for tensors on a GPU"),
         (1, {"max_rows": 0}, "max_rows=0 must be a positive integer"),
     ],
 )

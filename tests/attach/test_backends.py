@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import alignvec
-from alignvec import AlignvecError, planner
 from tests.attach.test_architectures import relative
 from tests.attach.test_every_format import FORMATS, encoded
 from tests.models import random_vector, tiny
@@ -50,22 +49,3 @@ def test_triton_and_torch_agree_on_every_format(architecture: str, dtype: torch.
         logits[backend] = torch.stack([mixed, model(IDS).logits]).double()
         alignment.detach()
     assert relative(logits["triton"], logits["torch"]) < (5e-6 if dtype == torch.float32 else 0.03)
-
-
-def test_a_backend_that_cannot_run_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    planner.resolve_backend.cache_clear()
-    with pytest.raises(AlignvecError, match="'triton' cannot run on cpu"):
-        alignvec.attach(tiny(), {"a": random_vector(tiny(), 1)}, backend="triton")
-    monkeypatch.setenv("ALIGNVEC_BACKEND", "abacus")
-    planner.resolve_backend.cache_clear()
-    with pytest.raises(AlignvecError, match="ALIGNVEC_BACKEND='abacus'"):
-        alignvec.attach(tiny(), {"a": random_vector(tiny(), 1)})
-    planner.resolve_backend.cache_clear()
-
-
-def test_the_environment_chooses_for_auto(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ALIGNVEC_BACKEND", "torch")
-    planner.resolve_backend.cache_clear()
-    assert planner.resolve_backend("cuda") == "torch"
-    planner.resolve_backend.cache_clear()

@@ -145,7 +145,7 @@ def test_merge_writes_a_model_that_loads(cli, av: Path, folder: Path) -> None:  
 def test_env_names_the_backends(cli) -> None:  # type: ignore[no-untyped-def]
     status, output, _ = cli("env")
     assert status == 0
-    assert "backend on cpu" in output
+    assert "backend cpp" in output
     assert torch.__version__.split("+")[0] in output
 
 

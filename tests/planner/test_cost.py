@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from alignvec import AlignvecError, planner
+from alignvec import planner
 from alignvec.kernels import configs
 from alignvec.planner import Plan, Problem, break_even, choice, plan
 from alignvec.planner.cost import corrected, materialise, model
@@ -162,18 +162,6 @@ def test_a_forced_execution_is_taken_and_said(execution: str) -> None:
         assert chosen.execution == execution
         assert "as asked for" in chosen.reason
     assert "needs one mix for all" in plan(problem(tokens=16, mixes=16), "materialise").reason
-
-
-def test_backends(monkeypatch: pytest.MonkeyPatch) -> None:
-    from alignvec.kernels import eager
-
-    planner.resolve_backend.cache_clear()
-    assert planner.linear_kernel(torch.device("cpu"), "torch") is eager.linear
-    monkeypatch.setenv("ALIGNVEC_BACKEND", "torch")
-    assert planner.linear_kernel(torch.device("cuda"), "auto") is eager.linear
-    planner.resolve_backend.cache_clear()
-    with pytest.raises(AlignvecError, match="execution='guess' is not one of auto, split, combine, materialise"):
-        planner.check_choice("execution", "guess", planner.EXECUTIONS)
 
 
 def test_a_cpu_combines_from_about_eight_tokens_a_mix() -> None:

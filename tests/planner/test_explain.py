@@ -110,5 +110,5 @@ def test_env_says_what_is_live_and_why() -> None:
     assert "3 vectors int4:group=128, 16 tokens, 16 mixes" in result.output
     assert "no kernel adds with atomics" in result.output
     if not torch.cuda.is_available():
-        assert "none, as there is no device" in result.output
+        assert "not live: csrc/cuda needs a GPU and torch finds none" in result.output
         assert "plan on H200, not here" in result.output
