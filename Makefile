@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # A checkout is installed in place; the stamps record which set of dependencies the environment holds.
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-CSRC = $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu)
+CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
 .PHONY: demo test lint format bench bench-formats gpu-test sanitize sanitize-cpu clean
 

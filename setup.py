@@ -2,8 +2,7 @@
 
 `ALIGNVEC_BUILD` says which: "auto", the default (what the machine can, and a line on what was left out), "cpu"
 (csrc/cpu, or an error), "cuda" (both, or an error) or "0" (none). `ALIGNVEC_WERROR=1` makes warnings errors,
-`ALIGNVEC_SANITIZE=1` adds the address and undefined-behaviour sanitizers.
-
+`ALIGNVEC_SANITIZE=1` adds the address and undefined-behaviour sanitizers to csrc/cpu.
 torch is found and not imported: an isolated build has none of its own, but the place where alignvec goes has.
 `kernels/` is a folder of its own and importable only as `alignvec.kernels`.
 """
@@ -31,12 +30,12 @@ PARTS = {"auto": ("cpu", "cuda"), "cpu": ("cpu",), "cuda": ("cpu", "cuda"), "0":
 ARCHITECTURES = ("80", "90a", "100")
 # The stable ABI of torch 2.10: what is built against one torch loads in later ones, on any Python.
 FLAGS = ["-std=c++17", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-HOST = ["-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall", "-Wextra"]
+HOST = ["-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1", "-g"]
 
 
 class BuildError(Exception):
-    """A compiler's command that failed: the file, and what the compiler said."""
+    """What failed, and the command with what it printed."""
 
 
 class Torch(NamedTuple):
@@ -49,8 +48,7 @@ def find_torch() -> Torch | None:
     """The torch of this interpreter, or else the one installed where alignvec goes."""
     spec = importlib.util.find_spec("torch")
     folders = [Path(spec.origin).parent] if spec and spec.origin else []
-    folders += [Path(sysconfig.get_path(name), "torch") for name in ("purelib", "platlib")]
-    for folder in folders:
+    for folder in (*folders, *(Path(sysconfig.get_path(name), "torch") for name in ("purelib", "platlib"))):
         if (folder / "version.py").is_file() and (folder / "include").is_dir():
             text = (folder / "version.py").read_text()
             version = re.search(r"__version__ = '(\d+)\.(\d+)", text)
@@ -61,9 +59,9 @@ def find_torch() -> Torch | None:
 
 def compiler() -> list[str]:
     """The command of the C++ compiler; empty where there is none."""
-    named = shlex.split(os.environ.get("CXX", ""))
-    found = (shutil.which(name) for name in ([named[0]] if named else ["c++", "g++", "clang++"]))
-    return next(([path, *named[1:]] for path in found if path), [])
+    name, *options = shlex.split(os.environ.get("CXX", "")) or [""]
+    found = filter(None, map(shutil.which, [name] if name else ["c++", "g++", "clang++"]))
+    return [path, *options] if (path := next(found, None)) else []
 
 
 def nvcc() -> str | None:
@@ -72,29 +70,23 @@ def nvcc() -> str | None:
 
 
 def sources(part: str) -> list[str]:
-    return sorted(str(f.relative_to(ROOT)) for f in (ROOT / "csrc" / part).glob("*.c[pu]*") if f.suffix != ".cuh")
+    return sorted(str(f.relative_to(ROOT)) for f in (ROOT / "csrc" / part).glob("*") if f.suffix in (".cpp", ".cu"))
 
 
 def obstacle(part: str, torch: Torch | None) -> str | None:
     """Why csrc/`part` cannot be built here; None where it can."""
-    if sys.platform == "win32":
-        return "it is not built on Windows"
     if not sources(part):
         return "it has no sources here"
     if not compiler():
         return f"no C++ compiler was found ({os.environ.get('CXX') or 'c++, g++ or clang++'} on PATH)"
     if torch is None:
-        return (
-            f"torch is not installed in {sysconfig.get_path('purelib')} (install it first, or pass pip "
-            "--no-build-isolation)"
-        )
+        folder = sysconfig.get_path("purelib")
+        return f"torch is not installed in {folder} (install it before, or give pip --no-build-isolation)"
     if torch.version < (2, 10):
         return f"torch {'.'.join(map(str, torch.version))} is older than 2.10"
     if part == "cuda" and torch.cuda is None:
         return "torch has no CUDA"
-    if part == "cuda" and nvcc() is None:
-        return "nvcc was not found (on PATH, or in CUDA_HOME)"
-    return None
+    return "nvcc was not found (on PATH, or in CUDA_HOME)" if part == "cuda" and nvcc() is None else None
 
 
 def call(command: list[str], what: str) -> str:
@@ -118,12 +110,11 @@ def build(part: str, torch: Torch, library: Path) -> None:
     strict = os.environ.get("ALIGNVEC_WERROR") == "1"
     libraries = [f"-L{torch.folder / 'lib'}", "-ltorch_cpu"]
     if part == "cpu":
-        sanitize = SANITIZE if os.environ.get("ALIGNVEC_SANITIZE") == "1" else []
-        command = [*compiler(), *FLAGS, *HOST, *(["-Werror"] if strict else []), *sanitize]
+        command = [*compiler(), *FLAGS, *HOST, "-Wextra", *(["-Werror"] if strict else [])]
+        command += SANITIZE if os.environ.get("ALIGNVEC_SANITIZE") == "1" else []
         libraries += ["-Wl,-z,defs"] if sys.platform == "linux" else []
     else:
-        host = [flag for flag in HOST if flag != "-Wextra"]  # which nvcc's own stubs do not keep
-        command = [str(nvcc()), *FLAGS, *device_flags(), f"-Xcompiler={','.join(host)}"]
+        command = [str(nvcc()), *FLAGS, *device_flags(), f"-Xcompiler={','.join(HOST)}"]
         command += ["--Werror=all-warnings"] if strict else []
         libraries += ["-ltorch_cuda"]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -136,7 +127,7 @@ def build(part: str, torch: Torch, library: Path) -> None:
         objects = list(pool.map(compiled, sources(part)))
         library.parent.mkdir(parents=True, exist_ok=True)
         made = library.with_suffix(".tmp")  # renamed into place: a process that has the old one open keeps it
-        call([*command, "-shared", *objects, *libraries, "-o", str(made)], "linking")
+        call([*command, "-shared", *objects, *libraries, "-o", str(made)], "its library")
         made.replace(library)
 
 
@@ -151,15 +142,15 @@ class BuildLibraries(build_ext):
         for extension in self.extensions:
             part = extension.name.rpartition("_")[2]
             library = Path(self.get_ext_fullpath(extension.name))
-            reason = obstacle(part, torch)
-            if reason is None and torch is not None:
-                try:
+            try:
+                reason = obstacle(part, torch)
+                if torch is not None and reason is None:
                     build(part, torch, library)
                     continue
-                except BuildError as error:
-                    library.unlink(missing_ok=True)  # an older one would run in its place
-                    reason = f"{error.args[0]} failed to compile"
-                    outputs.append(error.args[1])
+            except BuildError as error:
+                library.unlink(missing_ok=True)  # an older one would run in its place
+                reason = f"{error.args[0]} failed to compile"
+                outputs.append(error.args[1])
             left_out.append(f"csrc/{part} left out: {reason}")
         report = "\n".join(["alignvec: " + "; ".join(left_out), *outputs])
         if left_out and MODE != "auto":
