@@ -1,0 +1,163 @@
+"""csrc/cpu: the operators on a CPU, with the arguments of `kernels.eager`.
+
+float32 and bfloat16 are compiled, for activations, weights and deltas with consecutive inputs; float16, transposed
+weights and weights in another dtype than the activations go to `kernels.eager`. Coefficients are read on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from alignvec import compiled
+from alignvec.kernels import eager
+from alignvec.kernels.operands import Operand
+
+torch.library.define(
+    "alignvec::cpu_linear",
+    "(Tensor x, Tensor weight, Tensor? bias, int[] layout, Tensor[] parts, Tensor? bias_deltas, Tensor columns, "
+    "Tensor table, Tensor rows, Tensor? token_rows, int execution, bool merged, Tensor(a!) y) -> ()",
+)
+torch.library.define(
+    "alignvec::cpu_materialise",
+    "(Tensor weight, int[] layout, Tensor[] parts, Tensor columns, Tensor table, Tensor(a!) out, Tensor(b!)? low) "
+    "-> ()",
+)
+torch.library.define(
+    "alignvec::cpu_embedding",
+    "(Tensor ids, Tensor weight, int[] layout, Tensor[] parts, Tensor columns, Tensor table, Tensor rows, "
+    "Tensor? token_rows, Tensor(a!) y) -> ()",
+)
+torch.library.define(
+    "alignvec::cpu_norm",
+    "(Tensor x, Tensor? weight, Tensor? bias, Tensor? deltas, Tensor? bias_deltas, Tensor columns, Tensor table, "
+    "Tensor rows, Tensor? token_rows, float eps, float offset, bool centre, Tensor(a!) y) -> ()",
+)
+torch.library.define("alignvec::cpu_capability", "() -> str")
+
+compiled.load("cpu")
+
+DTYPES = (torch.float32, torch.bfloat16)
+KINDS = {"dense": 0, "codes": 1, "lossless": 2, "sparse": 3, "low-rank": 4}
+EXECUTIONS = {"auto": 0, "split": 1, "combine": 2, "materialise": 2}  # a mix is never kept here
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    operands: Sequence[Operand],
+    bias_deltas: Tensor | None,
+    columns: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    token_rows: Tensor | None = None,
+    *,
+    execution: str = "auto",
+    precision: str = "exact",
+) -> Tensor:
+    """`kernels.eager.linear`, compiled: x [tokens, in], weight [out, in] -> [tokens, out]."""
+    shared = (columns, table, rows, token_rows)
+    if weight.dtype != x.dtype or not _compiled(x, weight, bias, bias_deltas, operands=operands):
+        return eager.linear(
+            x, weight, bias, operands, bias_deltas, *shared, execution=execution, precision=precision
+        )
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    how = (EXECUTIONS[execution], precision == "merged")
+    torch.ops.alignvec.cpu_linear(x, weight, bias, *_layout(operands), bias_deltas, *shared, *how, y)
+    return y
+
+
+def embedding(
+    ids: Tensor,
+    weight: Tensor,
+    operands: Sequence[Operand],
+    columns: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    token_rows: Tensor | None = None,
+) -> Tensor:
+    """`kernels.eager.embedding`, compiled: ids [tokens], weight [vocabulary, dim] -> [tokens, dim]."""
+    shared = (columns, table, rows, token_rows)
+    if not _compiled(weight, operands=operands):
+        return eager.embedding(ids, weight, operands, *shared)
+    y = weight.new_empty(ids.shape[0], weight.shape[1])
+    torch.ops.alignvec.cpu_embedding(ids.long().contiguous(), weight, *_layout(operands), *shared, y)
+    return y
+
+
+def materialise(
+    weight: Tensor,
+    operands: Sequence[Operand],
+    columns: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    *,
+    out: Tensor,
+    low: Tensor | None = None,
+) -> None:
+    """`kernels.eager.materialise`, compiled: weight, out and low [out, in], in storage of their own."""
+    if _compiled(weight, out, low, operands=operands):
+        torch.ops.alignvec.cpu_materialise(weight, *_layout(operands), columns, table, out, low)
+    else:
+        eager.materialise(weight, operands, columns, table, rows, out=out, low=low)
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    deltas: Tensor,
+    columns: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    token_rows: Tensor | None = None,
+    *,
+    eps: float,
+    offset: float = 0.0,
+) -> Tensor:
+    """`kernels.eager.rms_norm`, compiled: x [tokens, features], deltas [k, features] -> [tokens, features]."""
+    shared = (columns, table, rows, token_rows)
+    if not _compiled(x, weight, deltas):
+        return eager.rms_norm(x, weight, deltas, *shared, eps=eps, offset=offset)
+    y = x.new_empty(x.shape)
+    torch.ops.alignvec.cpu_norm(x, weight, None, deltas, None, *shared, eps, offset, False, y)
+    return y
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    deltas: Tensor | None,
+    bias_deltas: Tensor | None,
+    columns: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    token_rows: Tensor | None = None,
+    *,
+    eps: float,
+) -> Tensor:
+    """`kernels.eager.layer_norm`, compiled: x [tokens, features], deltas [k, features] -> [tokens, features]."""
+    shared = (columns, table, rows, token_rows)
+    if not _compiled(x, weight, bias, deltas, bias_deltas):
+        return eager.layer_norm(x, weight, bias, deltas, bias_deltas, *shared, eps=eps)
+    y = x.new_empty(x.shape)
+    torch.ops.alignvec.cpu_norm(x, weight, bias, deltas, bias_deltas, *shared, eps, 0.0, True, y)
+    return y
+
+
+def _compiled(*tensors: Tensor | None, operands: Sequence[Operand] = ()) -> bool:
+    """Whether csrc/cpu has what these tensors and operands need."""
+    rows = [t for t in tensors if t is not None]
+    for operand in operands:
+        if operand.kind != "codes":
+            rows += [part for part in operand.parts if part.is_floating_point()]
+    return all(t.dtype in DTYPES and (t.dim() == 0 or t.stride(-1) == 1 or t.shape[-1] < 2) for t in rows)
+
+
+def _layout(operands: Sequence[Operand]) -> tuple[list[int], list[Tensor]]:
+    """Four numbers an operand, and the tensors of all: what the operators' schemas carry."""
+    layout = [number for o in operands for number in (KINDS[o.kind], o.bits, o.width, o.group)]
+    return layout, [part for operand in operands for part in operand.parts]

@@ -1,0 +1,248 @@
+// The kernels as operators of torch, by its stable ABI: one binary for torch 2.10 and later, any Python.
+// Schemas are defined in Python (alignvec/compiled/cpu.py), which has checked what it passes; sizes are checked here again,
+// as a wrong one would be read out of bounds.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "elementwise.h"
+#include "linear.h"
+
+namespace alignvec {
+namespace {
+
+using torch::stable::Tensor;
+using ScalarType = torch::headeronly::ScalarType;
+using Optional = std::optional<Tensor>;
+
+void loop(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
+  torch::stable::parallel_for(0, count, grain, [&](int64_t first, int64_t last) { body(first, last, context); });
+}
+
+Matrix matrix(const Tensor& t, const char* name) {
+  const ScalarType type = t.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, name, ": it must be float32 or bfloat16");
+  STD_TORCH_CHECK(t.dim() > 0 && (t.stride(t.dim() - 1) == 1 || t.size(t.dim() - 1) <= 1), name,
+                  ": its last dimension must be contiguous");
+  Matrix made;
+  made.data = t.data_ptr();
+  made.dtype = type == ScalarType::Float ? DType::f32 : DType::bf16;
+  made.stride = t.dim() > 1 ? t.stride(0) : 0;
+  return made;
+}
+
+Matrix matrix(const Tensor& t, int64_t rows, int64_t columns, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, name, ": it must be [", rows, ", ", columns,
+                  "]");
+  return matrix(t, name);
+}
+
+Matrix row(const Optional& t, int64_t count, const char* name) {
+  if (!t.has_value()) return Matrix();
+  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == count, name, ": it must be [", count, "]");
+  return matrix(*t, name);
+}
+
+Matrix rows_of(const Optional& t, int64_t rows, int64_t columns, const char* name) {
+  return t.has_value() ? matrix(*t, rows, columns, name) : Matrix();
+}
+
+const int32_t* integers(const Tensor& t, int64_t count, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Int && t.is_contiguous() && t.numel() >= count, name,
+                  ": it must be contiguous int32 with at least ", count, " items");
+  return static_cast<const int32_t*>(t.data_ptr());
+}
+
+// Rows begin at `start`: from 0, ascending, to no more than there are values.
+const int32_t* starts(const Tensor& t, int64_t rows, int64_t values) {
+  const int32_t* start = integers(t, rows + 1, "start");
+  bool valid = start[0] == 0 && start[rows] <= values;
+  for (int64_t n = 0; n < rows; ++n) valid &= start[n] <= start[n + 1];
+  STD_TORCH_CHECK(valid, "start: rows must begin at 0, ascend, and end within the values");
+  return start;
+}
+
+Operand coded(Operand operand, const Tensor& words, int64_t per_word) {
+  operand.words_stride = words.dim() == 2 ? words.size(1) : 0;
+  operand.words = integers(words, operand.out * operand.words_stride, "words");
+  STD_TORCH_CHECK(operand.words_stride * per_word >= operand.in, "words: a row must hold ", operand.in, " inputs");
+  return operand;
+}
+
+void check_planes(const Operand& operand) {
+  const bool bits = operand.bits == 1 || operand.bits == 2 || operand.bits == 4 || operand.bits == 8;
+  const bool width = operand.width == 16 || operand.width == 32 || operand.width == 64;
+  STD_TORCH_CHECK(bits && width && operand.words_stride % operand.width == 0, "words: planes of ", operand.width,
+                  " inputs in ", operand.bits, " bits are not a layout");
+}
+
+// The operands that `layout`, four numbers each (kind, bits, width, group), and the tensors of all of them stand for.
+std::vector<Operand> operands(const std::vector<int64_t>& layout, const std::vector<Tensor>& parts, int64_t out,
+                              int64_t in) {
+  std::vector<Operand> made;
+  size_t at = 0;
+  const auto next = [&]() -> const Tensor& {
+    STD_TORCH_CHECK(at < parts.size(), "parts: there are too few tensors");
+    return parts[at++];
+  };
+  for (size_t i = 0; i + 3 < layout.size(); i += 4) {
+    Operand operand;
+    operand.kind = static_cast<Kind>(layout[i]);
+    operand.bits = static_cast<int>(layout[i + 1]);
+    operand.width = static_cast<int>(layout[i + 2]);
+    operand.group = layout[i + 3];
+    operand.out = out;
+    operand.in = in;
+    if (operand.kind == Kind::dense) {
+      operand.values = matrix(next(), out, in, "a dense delta");
+    } else if (operand.kind == Kind::codes) {
+      operand = coded(operand, next(), operand.bits > 0 ? 32 / operand.bits : 0);
+      check_planes(operand);
+      operand.group = operand.group < in ? operand.group : (in + operand.width - 1) / operand.width * operand.width;
+      STD_TORCH_CHECK(operand.group % operand.width == 0, "scales: a group must be whole planes");
+      operand.groups = (in + operand.group - 1) / operand.group;
+      operand.scales = matrix(next(), out, operand.groups, "scales");
+    } else if (operand.kind == Kind::lossless) {
+      operand = coded(operand, next(), operand.bits > 0 ? 32 / operand.bits : 0);
+      check_planes(operand);
+      const Tensor &start = next(), &columns = next(), &values = next();
+      next();  // the row of each value, which GPUs read
+      operand.values = matrix(values, "values");
+      operand.start = starts(start, out, values.numel());
+      operand.columns = integers(columns, operand.start[out], "columns");
+      STD_TORCH_CHECK(operand.values.dtype == DType::bf16, "values: lossless deltas are bfloat16");
+    } else if (operand.kind == Kind::sparse) {
+      operand = coded(operand, next(), 32);
+      next();  // offsets within a row, which GPUs read
+      const Tensor &start = next(), &values = next();
+      operand.values = matrix(values, "values");
+      operand.start = starts(start, out, values.numel());
+    } else {
+      const Tensor &a = next(), &b = next();
+      operand.rank = a.size(0);
+      operand.values = matrix(a, operand.rank, in, "A");
+      operand.factor = matrix(b, out, operand.rank, "B");
+    }
+    made.push_back(operand);
+  }
+  STD_TORCH_CHECK(at == parts.size(), "parts: there are more tensors than the layout has");
+  return made;
+}
+
+Table table_of(const Tensor& table, const Tensor& columns, int64_t vectors) {
+  STD_TORCH_CHECK(table.scalar_type() == ScalarType::Float && table.dim() == 2 && table.stride(1) == 1,
+                  "table: it must be float32 [rows, vectors]");
+  Table made;
+  made.data = static_cast<const float*>(table.data_ptr());
+  made.stride = table.stride(0);
+  made.columns = integers(columns, vectors, "columns");
+  made.vectors = vectors;
+  for (int64_t i = 0; i < vectors; ++i)
+    STD_TORCH_CHECK(made.columns[i] >= 0 && made.columns[i] < table.size(1), "columns: the table has no column ",
+                    made.columns[i]);
+  return made;
+}
+
+Table table_of(const Tensor& table, const Tensor& rows, const Tensor& columns, const Optional& token_rows,
+               int64_t vectors, int64_t tokens) {
+  Table made = table_of(table, columns, vectors);
+  made.rows = *integers(rows, 1, "rows");
+  STD_TORCH_CHECK(made.rows >= 1 && made.rows <= table.size(0), "rows: the table has ", table.size(0), ", not ",
+                  made.rows);
+  if (token_rows.has_value()) {
+    made.token_rows = integers(*token_rows, tokens, "token_rows");
+    for (int64_t m = 0; m < tokens; ++m)
+      STD_TORCH_CHECK(made.token_rows[m] >= 0 && made.token_rows[m] < table.size(0), "token_rows: the table has no row ",
+                      made.token_rows[m]);
+  }
+  return made;
+}
+
+void cpu_linear(const Tensor& x, const Tensor& weight, const Optional& bias, const std::vector<int64_t>& layout,
+                const std::vector<Tensor>& parts, const Optional& bias_deltas, const Tensor& columns,
+                const Tensor& table, const Tensor& rows, const Optional& token_rows, int64_t execution, bool merged,
+                const Tensor& y) {
+  Linear call;
+  call.tokens = x.size(0), call.out = weight.size(0), call.in = weight.size(1);
+  const int64_t vectors = static_cast<int64_t>(layout.size() / 4);
+  call.x = matrix(x, call.tokens, call.in, "x");
+  call.weight = matrix(weight, "weight");
+  call.y = matrix(y, call.tokens, call.out, "y");
+  STD_TORCH_CHECK(call.x.dtype == call.weight.dtype && call.y.dtype == call.x.dtype,
+                  "x: it must have the dtype of the weight, and so must y");
+  call.bias = row(bias, call.out, "bias");
+  call.bias_deltas = rows_of(bias_deltas, vectors, call.out, "bias_deltas");
+  call.operands = operands(layout, parts, call.out, call.in);
+  call.table = table_of(table, rows, columns, token_rows, vectors, call.tokens);
+  call.execution = static_cast<Execution>(execution);
+  call.merged = merged;
+  linear(call, loop);
+}
+
+void cpu_materialise(const Tensor& weight, const std::vector<int64_t>& layout, const std::vector<Tensor>& parts,
+                     const Tensor& columns, const Tensor& table, const Tensor& out, const Optional& low) {
+  Materialise call;
+  call.out = weight.size(0), call.in = weight.size(1);
+  call.weight = matrix(weight, "weight");
+  call.operands = operands(layout, parts, call.out, call.in);
+  call.table = table_of(table, columns, static_cast<int64_t>(layout.size() / 4));
+  call.mix = matrix(out, call.out, call.in, "out");
+  call.low = rows_of(low, call.out, call.in, "low");
+  materialise(call, loop);
+}
+
+void cpu_embedding(const Tensor& ids, const Tensor& weight, const std::vector<int64_t>& layout,
+                   const std::vector<Tensor>& parts, const Tensor& columns, const Tensor& table, const Tensor& rows,
+                   const Optional& token_rows, const Tensor& y) {
+  Embedding call;
+  call.tokens = ids.numel(), call.dim = weight.size(1);
+  STD_TORCH_CHECK(ids.scalar_type() == ScalarType::Long && ids.is_contiguous(), "ids: they must be contiguous int64");
+  call.ids = static_cast<const int64_t*>(ids.data_ptr());
+  for (int64_t t = 0; t < call.tokens; ++t)
+    STD_TORCH_CHECK(call.ids[t] >= 0 && call.ids[t] < weight.size(0), "ids: ", call.ids[t], " is not below ",
+                    weight.size(0));
+  call.weight = matrix(weight, "weight");
+  call.operands = operands(layout, parts, weight.size(0), call.dim);
+  call.table = table_of(table, rows, columns, token_rows, static_cast<int64_t>(layout.size() / 4), call.tokens);
+  call.y = matrix(y, call.tokens, call.dim, "y");
+  embedding(call, loop);
+}
+
+void cpu_norm(const Tensor& x, const Optional& weight, const Optional& bias, const Optional& deltas,
+              const Optional& bias_deltas, const Tensor& columns, const Tensor& table, const Tensor& rows,
+              const Optional& token_rows, double eps, double offset, bool centre, const Tensor& y) {
+  Norm call;
+  call.tokens = x.size(0), call.features = x.size(1);
+  const int64_t vectors = deltas.has_value() ? deltas->size(0) : bias_deltas.has_value() ? bias_deltas->size(0) : 0;
+  call.x = matrix(x, "x");
+  call.weight = row(weight, call.features, "weight");
+  call.bias = row(bias, call.features, "bias");
+  call.deltas = rows_of(deltas, vectors, call.features, "deltas");
+  call.bias_deltas = rows_of(bias_deltas, vectors, call.features, "bias_deltas");
+  call.table = table_of(table, rows, columns, token_rows, vectors, call.tokens);
+  call.eps = static_cast<float>(eps), call.offset = static_cast<float>(offset), call.centre = centre;
+  call.y = matrix(y, call.tokens, call.features, "y");
+  norm(call, loop);
+}
+
+std::string cpu_capability() { return kernels().name; }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(alignvec, CPU, m) {
+  m.impl("cpu_linear", TORCH_BOX(&cpu_linear));
+  m.impl("cpu_materialise", TORCH_BOX(&cpu_materialise));
+  m.impl("cpu_embedding", TORCH_BOX(&cpu_embedding));
+  m.impl("cpu_norm", TORCH_BOX(&cpu_norm));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(alignvec, CompositeExplicitAutograd, m) {
+  m.impl("cpu_capability", TORCH_BOX(&cpu_capability));
+}
+
+}  // namespace alignvec

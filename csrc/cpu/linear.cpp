@@ -1,0 +1,256 @@
+#include "linear.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "inputs.h"
+
+namespace alignvec {
+namespace {
+
+// Forming a mix takes about as long as this many tokens' products with one vector's weights.
+constexpr int64_t COMBINE_TOKENS = 12;
+
+// Bytes of the mixes that one thread forms at a time: half of a second-level cache of 1 MiB.
+constexpr int64_t MIX_BYTES = 1 << 19;
+
+float rounded(float value, DType dtype) {
+  if (dtype == DType::f32) return value;
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  bits = value != value ? bits | 0x400000 : bits + 0x7FFF + ((bits >> 16) & 1);
+  bits &= 0xFFFF0000u;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+float value_of(const Matrix& matrix, int64_t n, int64_t i) {
+  if (matrix.dtype == DType::f32) return reinterpret_cast<const float*>(matrix.row(n))[i];
+  const uint32_t bits = static_cast<uint32_t>(reinterpret_cast<const uint16_t*>(matrix.row(n))[i]) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+void write(const Matrix& y, int64_t m, int64_t n, float value) {
+  char* at = const_cast<char*>(y.row(m)) + n * item_size(y.dtype);
+  if (y.dtype == DType::f32) {
+    std::memcpy(at, &value, 4);
+  } else {
+    const float narrow = rounded(value, DType::bf16);
+    std::memcpy(at, reinterpret_cast<const char*>(&narrow) + 2, 2);
+  }
+}
+
+// A vector's operand with the activations it multiplies: x, or of a low-rank one x A^T.
+struct Factor {
+  int64_t vector;
+  Operand operand;
+  Inputs x;
+};
+
+// What the executions share: padded activations, coefficients, and the low-rank vectors' first products.
+class Call {
+ public:
+  Call(const Linear& call, Loop loop)
+      : call_(call), loop_(loop), kernels_(kernels()), base_(dense_operand(call.weight, call.out, call.in)),
+        c_(coefficients(call.table, call.tokens)) {}
+
+  void run() {
+    const int64_t mixes = static_cast<int64_t>(c_.runs.size());
+    bool combine = call_.execution == Execution::combine;
+    if (call_.execution == Execution::automatic) {
+      const int64_t products = std::max<int64_t>(1, static_cast<int64_t>(c_.used.size()));
+      combine = call_.merged || call_.tokens * products >= COMBINE_TOKENS * (1 + products) * mixes;
+    }
+    if (combine && mixes > 0 && !c_.used.empty()) {
+      run_combine();
+    } else {
+      run_split();
+    }
+  }
+
+ private:
+  void run_split();
+  void run_combine();
+  std::vector<Factor> factors(const Inputs& x, bool low_rank_only);
+  void combine_rows(int64_t n0, int64_t n1, const Inputs& x, const std::vector<Factor>& narrow, Buffer<float>& mix,
+                    Buffer<uint16_t>& pair);
+
+  const Linear& call_;
+  Loop loop_;
+  const Kernels& kernels_;
+  Operand base_;
+  Coefficients c_;
+  std::vector<Buffer<float>> low_;
+};
+
+std::vector<Factor> Call::factors(const Inputs& x, bool low_rank_only) {
+  std::vector<Factor> made;
+  for (int64_t i : c_.used) {
+    const Operand& own = call_.operands[static_cast<size_t>(i)];
+    if (own.kind != Kind::low_rank) {
+      if (!low_rank_only) made.push_back({i, own, x});
+      continue;
+    }
+    Inputs narrow;
+    narrow.stride = (own.rank + INPUT_PAD - 1) / INPUT_PAD * INPUT_PAD;
+    low_.emplace_back(static_cast<size_t>((call_.tokens + TILE_TOKENS) * narrow.stride), 0.0f);
+    float* t = low_.back().data();
+    const Operand a = dense_operand(own.values, own.rank, own.in);
+    parallel(loop_, (own.rank + TILE_ROWS - 1) / TILE_ROWS, 4, [&](int64_t first, int64_t last) {
+      float sums[TILE_ROWS * TILE_TOKENS];
+      Ahead none;
+      for (int64_t n = first * TILE_ROWS; n < last * TILE_ROWS; n += TILE_ROWS) {
+        for (int64_t m = 0; m < call_.tokens; m += TILE_TOKENS) {
+          kernels_.dots(a, call_.weight, n, x, m, call_.tokens == 1 ? 1 : TILE_TOKENS, none, sums);
+          for (int64_t r = 0; r < TILE_ROWS && n + r < own.rank; ++r)
+            for (int64_t j = 0; j < TILE_TOKENS && m + j < call_.tokens; ++j)
+              t[(m + j) * narrow.stride + n + r] = sums[r * TILE_TOKENS + j];
+        }
+      }
+    });
+    narrow.f32 = t;
+    made.push_back({i, dense_operand(own.factor, own.out, own.rank), narrow});
+  }
+  return made;
+}
+
+// The operands that read x itself, low-rank ones by their A.
+std::vector<Operand> readers(const Linear& call, const Coefficients& c, const Operand& base, bool all) {
+  std::vector<Operand> made = {base};
+  for (int64_t i : c.used) {
+    const Operand& own = call.operands[static_cast<size_t>(i)];
+    if (own.kind == Kind::low_rank) {
+      made.push_back(dense_operand(own.values, own.rank, own.in));
+    } else if (all) {
+      made.push_back(own);
+    }
+  }
+  return made;
+}
+
+std::vector<const Operand*> pointers(const std::vector<Operand>& operands) {
+  std::vector<const Operand*> made;
+  for (const Operand& operand : operands) made.push_back(&operand);
+  return made;
+}
+
+// A sum for the base and one for each vector, which meet their coefficients after the last input: rows may differ.
+void Call::run_split() {
+  const std::vector<Operand> reading = readers(call_, c_, base_, true);
+  const PaddedInputs padded(kernels_, call_.x, call_.tokens, call_.in, pointers(reading), loop_);
+  const std::vector<Factor> vectors = factors(padded.view(), false);
+  const int tile = call_.tokens == 1 ? 1 : TILE_TOKENS;
+  const bool biased = call_.bias.data != nullptr, edited = call_.bias_deltas.data != nullptr;
+  parallel(loop_, (call_.out + TILE_ROWS - 1) / TILE_ROWS, 4, [&](int64_t first, int64_t last) {
+    float total[TILE_ROWS * TILE_TOKENS], sums[TILE_ROWS * TILE_TOKENS];
+    for (int64_t n = first * TILE_ROWS; n < std::min(last * TILE_ROWS, call_.out); n += TILE_ROWS) {
+      const int64_t rows = std::min<int64_t>(TILE_ROWS, call_.out - n);
+      Ahead none, ahead;
+      if (n + TILE_ROWS < std::min(last * TILE_ROWS, call_.out))
+        ahead = {call_.weight.row(n + TILE_ROWS), call_.weight.row(std::min(n + 2 * TILE_ROWS, call_.out))};
+      for (int64_t m = 0; m < call_.tokens; m += tile) {
+        const int64_t tokens = std::min<int64_t>(tile, call_.tokens - m);
+        kernels_.dots(base_, call_.weight, n, padded.view(), m, tile, none, total);
+        for (int64_t r = 0; biased && r < rows; ++r)
+          for (int64_t j = 0; j < tokens; ++j) total[r * TILE_TOKENS + j] += value_of(call_.bias, 0, n + r);
+        for (const Factor& factor : vectors) {
+          kernels_.dots(factor.operand, call_.weight, n, factor.x, m, tile, ahead, sums);
+          for (int64_t r = 0; r < rows; ++r) {
+            const float bias = edited ? value_of(call_.bias_deltas, factor.vector, n + r) : 0.0f;
+            for (int64_t j = 0; j < tokens; ++j)
+              total[r * TILE_TOKENS + j] += c_.of(m + j)[factor.vector] * (sums[r * TILE_TOKENS + j] + bias);
+          }
+        }
+        for (int64_t r = 0; r < rows; ++r)
+          for (int64_t j = 0; j < tokens; ++j) write(call_.y, m + j, n + r, total[r * TILE_TOKENS + j]);
+      }
+    }
+  });
+}
+
+// The mix of a few rows at a time, in cache, for each run of tokens that share it. Low-rank vectors stay out of it, unless
+// it is rounded: their own products are cheaper.
+void Call::run_combine() {
+  Operand mixed = base_;
+  mixed.values.dtype = call_.x.dtype;
+  std::vector<Operand> reading = readers(call_, c_, base_, false);
+  reading[0] = mixed;
+  if (call_.merged) reading.resize(1);
+  const PaddedInputs padded(kernels_, call_.x, call_.tokens, call_.in, pointers(reading), loop_);
+  const std::vector<Factor> narrow = call_.merged ? std::vector<Factor>() : factors(padded.view(), true);
+  const int64_t row_bytes = call_.in * 4;
+  const int64_t block = std::clamp<int64_t>(MIX_BYTES / row_bytes / TILE_ROWS, 1, 8) * TILE_ROWS;
+  parallel(loop_, (call_.out + block - 1) / block, 1, [&](int64_t first, int64_t last) {
+    Buffer<float> mix;
+    Buffer<uint16_t> pair;
+    for (int64_t b = first; b < last; ++b)
+      combine_rows(b * block, std::min((b + 1) * block, call_.out), padded.view(), narrow, mix, pair);
+  });
+}
+
+void Call::combine_rows(int64_t n0, int64_t n1, const Inputs& x, const std::vector<Factor>& narrow,
+                        Buffer<float>& mix, Buffer<uint16_t>& pair) {
+  const int64_t in = call_.in, rows = n1 - n0;
+  // The mix as bf16 where kernels read that: its upper half, and unless it is to be rounded, the rest.
+  const bool halves = x.bf16 != nullptr && call_.x.dtype == DType::bf16;
+  const bool exact = !call_.merged;
+  mix.resize(static_cast<size_t>(halves ? in : in * rows));
+  pair.resize(static_cast<size_t>(halves ? in * rows * (exact ? 2 : 1) : in));
+  uint16_t* low = halves && exact ? pair.data() + in * rows : nullptr;
+  std::vector<float> biases(static_cast<size_t>(rows));
+  for (const Run& run : c_.runs) {
+    const float* c = c_.of(run.first);
+    for (int64_t r = 0; r < rows; ++r) {
+      float* row = mix.data() + (halves ? 0 : r * in);
+      kernels_.load_row(call_.weight, n0 + r, in, row);
+      float bias = call_.bias.data == nullptr ? 0.0f : value_of(call_.bias, 0, n0 + r);
+      for (int64_t i : c_.used) {
+        const Operand& own = call_.operands[static_cast<size_t>(i)];
+        if (c[i] == 0) continue;
+        if (own.kind != Kind::low_rank || call_.merged) kernels_.add_row(own, call_.weight, n0 + r, c[i], row);
+        if (call_.bias_deltas.data != nullptr) bias += c[i] * value_of(call_.bias_deltas, i, n0 + r);
+      }
+      biases[static_cast<size_t>(r)] = call_.merged ? rounded(bias, call_.weight.dtype) : bias;
+      if (halves) {
+        kernels_.store(row, in, DType::bf16, pair.data() + r * in, low == nullptr ? nullptr : low + r * in);
+      } else if (call_.merged && call_.weight.dtype == DType::bf16) {
+        kernels_.store(row, in, DType::bf16, pair.data(), nullptr);
+        kernels_.load_row({pair.data(), DType::bf16, in}, 0, in, row);
+      }
+    }
+    const Operand high = halves ? dense_operand({pair.data(), DType::bf16, in}, rows, in)
+                                : dense_operand({mix.data(), DType::f32, in}, rows, in);
+    const Operand rest = dense_operand({low, DType::bf16, in}, rows, in);
+    float total[TILE_ROWS * TILE_TOKENS], sums[TILE_ROWS * TILE_TOKENS];
+    const int tile = run.last - run.first == 1 ? 1 : TILE_TOKENS;
+    Ahead none;
+    for (int64_t m = run.first; m < run.last; m += tile) {
+      const int64_t tokens = std::min<int64_t>(tile, run.last - m);
+      for (int64_t n = 0; n < rows; n += TILE_ROWS) {
+        kernels_.dots(high, call_.weight, n, x, m, tile, none, total);
+        if (low != nullptr) {
+          kernels_.dots(rest, call_.weight, n, x, m, tile, none, sums);
+          for (int i = 0; i < TILE_ROWS * TILE_TOKENS; ++i) total[i] += sums[i];
+        }
+        for (const Factor& factor : narrow) {
+          if (c[factor.vector] == 0) continue;
+          kernels_.dots(factor.operand, call_.weight, n0 + n, factor.x, m, tile, none, sums);
+          for (int i = 0; i < TILE_ROWS * TILE_TOKENS; ++i) total[i] += c[factor.vector] * sums[i];
+        }
+        for (int64_t j = 0; j < tokens; ++j)
+          for (int64_t r = 0; r < TILE_ROWS && n + r < rows; ++r)
+            write(call_.y, m + j, n0 + n + r, total[r * TILE_TOKENS + j] + biases[static_cast<size_t>(n + r)]);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void linear(const Linear& call, Loop loop) {
+  if (call.tokens > 0 && call.out > 0) Call(call, loop).run();
+}
+
+}  // namespace alignvec

@@ -1,0 +1,177 @@
+// One row of a matrix at a time in float32: a mix is formed, and stored, a row after another; and what norms need.
+#pragma once
+
+#include "lanes.h"
+
+namespace alignvec {
+namespace {
+
+template <int N, typename T>
+ALIGNVEC_INLINE void load_row_of(const T* row, int64_t in, float* mix) {
+  int64_t k = 0;
+  for (; k + N <= in; k += N) store(mix + k, load_wide<N>(row + k));
+  for (; k < in; ++k) mix[k] = widen_one(row[k]);
+}
+
+template <int N>
+void load_row(const Matrix& matrix, int64_t n, int64_t in, float* mix) {
+  const char* row = matrix.row(n);
+  if (matrix.dtype == DType::f32) return load_row_of<N>(reinterpret_cast<const float*>(row), in, mix);
+  load_row_of<N>(reinterpret_cast<const uint16_t*>(row), in, mix);
+}
+
+template <int N, typename T>
+ALIGNVEC_INLINE void add_dense(const T* row, int64_t in, float c, float* mix) {
+  int64_t k = 0;
+  for (; k + N <= in; k += N) store(mix + k, load<F<N>>(mix + k) + c * load_wide<N>(row + k));
+  for (; k < in; ++k) mix[k] += c * widen_one(row[k]);
+}
+
+// mix[k .. k + N) += values, of which the row has `in - k`.
+template <int N>
+ALIGNVEC_INLINE void add_lanes(float* mix, int64_t k, int64_t in, F<N> values) {
+  if (k + N <= in) {
+    store(mix + k, load<F<N>>(mix + k) + values);
+  } else {
+    for (int64_t i = 0; k + i < in; ++i) mix[k + i] += values[i];
+  }
+}
+
+template <int N, int BITS>
+void add_codes(const Operand& operand, int64_t n, float c, float* mix) {
+  constexpr int PLANES = 32 / BITS;
+  const int32_t* words = operand.words + n * operand.words_stride;
+  const char* scales = operand.scales.row(n);
+  for (int64_t g = 0; g < operand.groups; ++g) {
+    const int64_t first = g * operand.group;
+    const int64_t last = operand.in - first < operand.group ? operand.in : first + operand.group;
+    const float scale = c * (operand.scales.dtype == DType::f32
+                                 ? reinterpret_cast<const float*>(scales)[g]
+                                 : widen_one(reinterpret_cast<const uint16_t*>(scales)[g]));
+    for (int64_t k0 = first; k0 < last; k0 += operand.width) {
+      const int64_t run = k0 / operand.width;
+      const int32_t* at = words + run / PLANES * operand.width;
+      const int plane = static_cast<int>(run % PLANES);
+      for (int64_t k = k0; k < k0 + operand.width && k < last; k += N)
+        add_lanes<N>(mix, k, last, scale * field<N, BITS>(load<I<N>>(at + k - k0), plane));
+    }
+  }
+}
+
+template <int N, int BITS>
+void add_lossless(const Operand& operand, const Matrix& weight, int64_t n, float c, float* mix) {
+  constexpr int PLANES = 32 / BITS;
+  const int32_t* words = operand.words + n * operand.words_stride;
+  const uint16_t* base = reinterpret_cast<const uint16_t*>(weight.row(n));
+  for (int64_t k0 = 0; k0 < operand.in; k0 += operand.width) {
+    const int64_t run = k0 / operand.width;
+    const int32_t* at = words + run / PLANES * operand.width;
+    const int plane = static_cast<int>(run % PLANES);
+    for (int64_t k = k0; k < k0 + operand.width && k < operand.in; k += N) {
+      F<N> w = k + N <= operand.in ? load_wide<N>(base + k) : load_wide_some<N>(base + k, operand.in - k);
+      add_lanes<N>(mix, k, operand.in, c * stepped<N, BITS>(load<I<N>>(at + k - k0), plane, w));
+    }
+  }
+  const uint16_t* values = reinterpret_cast<const uint16_t*>(operand.values.data);
+  for (int32_t e = operand.start[n]; e < operand.start[n + 1]; ++e) {
+    const int32_t k = operand.columns[e];
+    mix[k] += c * (widen_one(values[e]) - widen_one(base[k]));
+  }
+}
+
+template <typename T>
+void add_sparse(const Operand& operand, int64_t n, float c, float* mix) {
+  const int32_t* bitmap = operand.words + n * operand.words_stride;
+  const T* values = reinterpret_cast<const T*>(operand.values.data) + operand.start[n];
+  for (int64_t word = 0; word < operand.words_stride; ++word)
+    for (uint32_t left = static_cast<uint32_t>(bitmap[word]); left; left &= left - 1)
+      mix[word * 32 + __builtin_ctz(left)] += c * widen_one(*values++);
+}
+
+// The low-rank delta's row, B[n] A: `rank` rows of A, each read once.
+template <int N>
+void add_low_rank(const Operand& operand, int64_t n, float c, float* mix) {
+  for (int64_t r = 0; r < operand.rank; ++r) {
+    const char* factors = operand.factor.row(n);
+    const float b = operand.factor.dtype == DType::f32 ? reinterpret_cast<const float*>(factors)[r]
+                                                       : widen_one(reinterpret_cast<const uint16_t*>(factors)[r]);
+    const char* row = operand.values.row(r);
+    if (operand.values.dtype == DType::f32) {
+      add_dense<N>(reinterpret_cast<const float*>(row), operand.in, c * b, mix);
+    } else {
+      add_dense<N>(reinterpret_cast<const uint16_t*>(row), operand.in, c * b, mix);
+    }
+  }
+}
+
+template <int N>
+void add_row(const Operand& operand, const Matrix& weight, int64_t n, float c, float* mix) {
+  const bool wide = operand.values.dtype == DType::f32;
+  switch (operand.kind) {
+    case Kind::dense:
+      return wide ? add_dense<N>(reinterpret_cast<const float*>(operand.values.row(n)), operand.in, c, mix)
+                  : add_dense<N>(reinterpret_cast<const uint16_t*>(operand.values.row(n)), operand.in, c, mix);
+    case Kind::codes:
+      if (operand.bits == 1) return add_codes<N, 1>(operand, n, c, mix);
+      if (operand.bits == 4) return add_codes<N, 4>(operand, n, c, mix);
+      return add_codes<N, 8>(operand, n, c, mix);
+    case Kind::lossless:
+      if (operand.bits == 2) return add_lossless<N, 2>(operand, weight, n, c, mix);
+      if (operand.bits == 4) return add_lossless<N, 4>(operand, weight, n, c, mix);
+      return add_lossless<N, 8>(operand, weight, n, c, mix);
+    case Kind::sparse:
+      return wide ? add_sparse<float>(operand, n, c, mix) : add_sparse<uint16_t>(operand, n, c, mix);
+    case Kind::low_rank:
+      return add_low_rank<N>(operand, n, c, mix);
+  }
+}
+
+template <int N>
+void store_row(const float* values, int64_t count, DType dtype, void* out, void* low) {
+  if (dtype == DType::f32) {
+    std::memcpy(out, values, static_cast<size_t>(count) * sizeof(float));
+    if (low != nullptr) std::memset(low, 0, static_cast<size_t>(count) * sizeof(float));
+    return;
+  }
+  uint16_t* high = static_cast<uint16_t*>(out);
+  uint16_t* rest = static_cast<uint16_t*>(low);
+  for (int64_t k = 0; k < count; k += N) {
+    const int64_t own = count - k < N ? count - k : N;
+    F<N> v = own == N ? load<F<N>>(values + k) : load_some<F<N>>(values + k, own);
+    H<N> rounded = to_bf16<N>(v);
+    H<N> remainder = to_bf16<N>(v - widen<N>(rounded));
+    std::memcpy(high + k, &rounded, static_cast<size_t>(own) * 2);
+    if (rest != nullptr) std::memcpy(rest + k, &remainder, static_cast<size_t>(own) * 2);
+  }
+}
+
+template <int N>
+void scale_row(const float* x, int64_t count, float mean, float scale, const float* weight, float offset,
+               const float* bias, float* out) {
+  for (int64_t k = 0; k < count; ++k) {
+    const float factor = weight == nullptr ? 1.0f : weight[k] + offset;
+    out[k] = (x[k] - mean) * scale * factor + (bias == nullptr ? 0.0f : bias[k]);
+  }
+}
+
+template <int N>
+void moments(const float* x, int64_t count, float center, float* sum, float* squares) {
+  F<N> sums = {}, products = {};
+  int64_t k = 0;
+  for (; k + N <= count; k += N) {
+    F<N> v = load<F<N>>(x + k) - center;
+    sums += v;
+    products += v * v;
+  }
+  if (k < count) {
+    F<N> v = load_some<F<N>>(x + k, count - k);
+    for (int64_t i = 0; i < count - k; ++i) v[i] -= center;
+    sums += v;
+    products += v * v;
+  }
+  *sum = Sum<N>::of(sums);
+  *squares = Sum<N>::of(products);
+}
+
+}  // namespace
+}  // namespace alignvec

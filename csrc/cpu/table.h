@@ -1,0 +1,18 @@
+// The table of an instruction set whose registers hold N floats.
+#pragma once
+
+#include "dots.h"
+#include "rows.h"
+
+namespace alignvec {
+namespace {
+
+inline bool reads_f32(const Operand&) { return false; }
+
+template <int N>
+constexpr Kernels table(const char* name) {
+  return {name, reads_f32, dots_f32<N>, load_row<N>, add_row<N>, store_row<N>, scale_row<N>, moments<N>};
+}
+
+}  // namespace
+}  // namespace alignvec

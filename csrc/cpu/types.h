@@ -1,0 +1,99 @@
+// What the kernels of a CPU take: matrices, operands as kernels/operands.py lays them out, inputs, and the kernels' table.
+#pragma once
+
+#include <cstdint>
+
+namespace alignvec {
+
+enum class DType { f32, bf16 };
+
+inline int64_t item_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+// Rows of consecutive values, `stride` values apart.
+struct Matrix {
+  const void* data = nullptr;
+  DType dtype = DType::f32;
+  int64_t stride = 0;
+
+  const char* row(int64_t n) const { return static_cast<const char*>(data) + n * stride * item_size(dtype); }
+};
+
+enum class Kind { dense, codes, lossless, sparse, low_rank };
+
+// One vector's delta of a matrix [out, in]; see kernels/operands.py for what each part holds.
+struct Operand {
+  Kind kind = Kind::dense;
+  int bits = 0;
+  int width = 0;
+  int64_t group = 0;
+  int64_t out = 0;
+  int64_t in = 0;
+  Matrix values;                     // dense: the delta; low-rank: A [rank, in]; lossless, sparse: one row of values
+  Matrix factor;                     // low-rank: B [out, rank]
+  int64_t rank = 0;                  // low-rank
+  const int32_t* words = nullptr;    // codes, lossless: fields; sparse: the bitmap
+  int64_t words_stride = 0;          // words in a row
+  Matrix scales;                     // codes
+  int64_t groups = 0;                // scales in a row
+  const int32_t* start = nullptr;    // lossless, sparse: where a row's values begin
+  const int32_t* columns = nullptr;  // lossless: the columns of the values
+};
+
+inline Operand dense_operand(Matrix values, int64_t out, int64_t in) {
+  Operand operand;
+  operand.values = values;
+  operand.out = out;
+  operand.in = in;
+  return operand;
+}
+
+// Activations of all tokens in the layouts that kernels read, rows `stride` values apart and padded with zeros: float32,
+// bf16, and bf16 in pairs (see dots_bf16.h) for planes of 16, 32 and 64 inputs. Those that no kernel needs are null.
+struct Inputs {
+  const float* f32 = nullptr;
+  const uint16_t* bf16 = nullptr;
+  const uint16_t* paired[3] = {nullptr, nullptr, nullptr};
+  int64_t stride = 0;
+};
+
+inline int paired_index(int width) { return width == 16 ? 0 : width == 32 ? 1 : 2; }
+
+// Memory that is read next, fetched while packed deltas keep the processor busy: a cache line at each `step`.
+struct Ahead {
+  const char* next = nullptr;
+  const char* end = nullptr;
+
+  void step() {
+    if (next < end) __builtin_prefetch(next), next += 64;
+  }
+};
+
+constexpr int TILE_ROWS = 4;    // output rows that one call of `dots` takes
+constexpr int TILE_TOKENS = 4;  // tokens, unless there is one
+constexpr int64_t INPUT_PAD = 128;  // activations are padded to a multiple: two planes of the largest width
+
+// The kernels of one instruction set. `weight` is the base, which lossless deltas are steps from.
+struct Kernels {
+  const char* name;
+  // Whether `dots` reads bf16 activations, where there are any, for this operand: else it reads float32 ones.
+  bool (*reads_bf16)(const Operand& operand);
+  // sums[r * TILE_TOKENS + m] = sum_k x[m0 + m][k] delta[n0 + r][k] for TILE_ROWS rows, of which those past the last do
+  // not count, and for 1 or TILE_TOKENS tokens. Low-rank deltas are not for it.
+  void (*dots)(const Operand& operand, const Matrix& weight, int64_t n0, const Inputs& x, int64_t m0, int tokens,
+               Ahead& ahead, float* sums);
+  // mix[k] = base[n][k], or += c delta[n][k].
+  void (*load_row)(const Matrix& matrix, int64_t n, int64_t in, float* mix);
+  void (*add_row)(const Operand& operand, const Matrix& weight, int64_t n, float c, float* mix);
+  // out[i] = round(values[i]); low, unless null, takes round(values[i] - out[i]).
+  void (*store)(const float* values, int64_t count, DType dtype, void* out, void* low);
+  // out[i] = x[i] * scale * (weight[i] + offset), and out[i] = (x[i] - mean) * scale * weight[i] + bias[i]; weight and
+  // bias may be null. `moments` gives the sum of values, and of their squares about `center`.
+  void (*scale_row)(const float* x, int64_t count, float mean, float scale, const float* weight, float offset,
+                    const float* bias, float* out);
+  void (*moments)(const float* x, int64_t count, float center, float* sum, float* squares);
+};
+
+// The best kernels this CPU runs, or those that ALIGNVEC_CPU names (portable, avx2, avx512, avx512_bf16, amx).
+const Kernels& kernels();
+
+}  // namespace alignvec
