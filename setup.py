@@ -148,10 +148,10 @@ class BuildLibraries(build_ext):
                     build(part, torch, library)
                     continue
             except BuildError as error:
-                library.unlink(missing_ok=True)  # an older one would run in its place
                 reason = f"{error.args[0]} failed to compile"
                 outputs.append(error.args[1])
             left_out.append(f"csrc/{part} left out: {reason}")
+            library.unlink(missing_ok=True)  # one of other sources would run in its place
         report = "\n".join(["alignvec: " + "; ".join(left_out), *outputs])
         if left_out and MODE != "auto":
             raise SystemExit(f"{report}\nALIGNVEC_BUILD={MODE} asks for it.")

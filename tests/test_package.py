@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,13 +39,15 @@ def test_kernels_is_ours_and_only_under_alignvec(where: str, tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_a_plain_install_holds_kernels_and_models(tmp_path: Path) -> None:
-    """Not editable: the wheel itself carries the kernels, the typing marker and the recipes' data."""
+    """Not editable: the wheel itself carries kernels, libraries, the typing marker and the recipes' data."""
     target = tmp_path / "site"
     install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "-q", "--target"]
-    subprocess.run([*install, str(target), str(ROOT)], check=True, cwd=tmp_path)
+    environment = os.environ | {"ALIGNVEC_BUILD": "auto"}
+    subprocess.run([*install, str(target), str(ROOT)], check=True, cwd=tmp_path, env=environment)
     assert (target / "alignvec/kernels/reference.py").is_file()
     assert (target / "alignvec/py.typed").is_file()
     assert (target / "alignvec/recipes/models/base/model.safetensors").is_file()
     assert not (target / "kernels").exists()
+    assert (target / "alignvec/compiled/_cpu.abi3.so").is_file() or shutil.which("c++") is None
     code = f"import sys; sys.path.insert(0, {str(target)!r}); import alignvec.kernels.reference as r; print(r.__file__)"
     assert run(code, tmp_path).startswith(str(target))

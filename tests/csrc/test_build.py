@@ -92,6 +92,7 @@ def test_a_cuda_part_is_left_out_where_torch_has_none(checkout: Path) -> None:
 
 
 def test_without_a_compiler(checkout: Path) -> None:
+    library(checkout).write_text("of before")
     done = build(checkout, PATH="/nowhere")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(
