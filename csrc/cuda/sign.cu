@@ -1,0 +1,15 @@
+// Vectors of signs, with a scale a row or a group.
+#include "decode.cuh"
+
+namespace alignvec::cuda {
+
+namespace {
+template <int kFlush>
+using Signs = Storage<1, kFlush, false, kStreamVectors>;
+}  // namespace
+
+Kernel sign_kernel(int flush, int tiles) {
+  return flush == 0 ? kernel_for<Signs<0>>(tiles) : flush == 1 ? kernel_for<Signs<1>>(tiles) : kernel_for<Signs<2>>(tiles);
+}
+
+}  // namespace alignvec::cuda
