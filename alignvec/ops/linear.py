@@ -131,7 +131,9 @@ def _linear_group(
     chosen = planner.resolve_backend(x.device.type, backend)
     run = planner.linear_module(chosen)
     if chosen in planner.GROUPED:
-        projections = [run.Projection(*member) for member in members]
+        from alignvec.kernels.packing import Projection
+
+        projections = [Projection(*member) for member in members]
         results = run.linear_group(flat, projections, *shared, execution=execution, precision=precision)
     else:
         results = [run.linear(flat, *member, *shared, execution=execution, precision=precision) for member in members]

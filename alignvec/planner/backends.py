@@ -22,7 +22,7 @@ PRECISIONS = ("exact", "merged")
 AUTO = {"cpu": ("cpp", "torch"), "cuda": ("triton", "torch")}
 # Those that run several layers with the same input in one launch.
 GROUPED = ("triton", "cuda")
-# The modules that have `linear`, and those of GROUPED `Projection` and `linear_group`.
+# The modules that have `linear`, and those of GROUPED `linear_group`.
 LINEAR = {
     "triton": "alignvec.kernels.linear",
     "cuda": "alignvec.compiled.cuda",
@@ -45,7 +45,9 @@ def obstacle(device_type: str, backend: str) -> str | None:
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         return None if device_type == "cuda" or interpreted else "it needs a GPU (or TRITON_INTERPRET=1)"
     if backend == "cuda":
-        return compiled.reason("cuda") if device_type == "cuda" else "it is for tensors on a GPU"
+        if device_type != "cuda":
+            return "it is for tensors on a GPU"
+        return compiled.reason("cuda") or obstacle("cuda", "triton")  # which runs what it has no kernels for
     if backend == "cpp":
         return compiled.reason("cpu") if device_type == "cpu" else "it is for tensors on a CPU"
     return None
@@ -71,9 +73,7 @@ def resolve_backend(device_type: str, backend: str = "auto") -> str:
 def beside_linear(device_type: str, backend: str = "auto") -> str:
     """The backend of all operators but linear layers: "cuda" has those alone, and leaves the others to Triton."""
     chosen = resolve_backend(device_type, backend)
-    if chosen != "cuda":
-        return chosen
-    return "triton" if obstacle(device_type, "triton") is None else "torch"
+    return "triton" if chosen == "cuda" else chosen
 
 
 @functools.cache

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from alignvec import AlignvecError, compiled, planner
+from alignvec import AlignvecError, compiled, ops, planner
 from alignvec.cli.app import app
 from alignvec.kernels import eager
-from alignvec.ops import backend as ops_backend
 from alignvec.planner import backends, explain
 
 
@@ -81,8 +82,38 @@ def test_cuda_leaves_all_but_linear_layers_to_triton(
     assert planner.beside_linear("cuda", "cuda") == "triton"
     assert planner.beside_linear("cpu") == "cpp"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert planner.beside_linear("cuda", "cuda") == "torch"
-    assert ops_backend.kernel(torch.device("cuda"), "cuda", "norm", "rms_norm") is eager.rms_norm
+    planner.resolve_backend.cache_clear()
+    with pytest.raises(AlignvecError, match="backend 'cuda' cannot run on cuda: the triton package is not installed"):
+        planner.beside_linear("cuda", "cuda")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="projections are those of the triton kernels")
+@pytest.mark.parametrize("backend", ["triton", "cuda", "cpp"])
+def test_layers_reach_the_module_of_their_backend(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    """One layer alone, and two with the same input, in one call where the backend has one."""
+    calls = []
+
+    def one(x: torch.Tensor, *layer: Any, **how: str) -> torch.Tensor:
+        calls.append(("linear", how))
+        return eager.linear(x, *layer, **how)
+
+    def group(x: torch.Tensor, projections: Any, *shared: torch.Tensor, **how: str) -> list[torch.Tensor]:
+        calls.append(("linear_group", how))
+        layers = [(p.weight, p.bias, p.operands, p.bias_deltas, p.columns) for p in projections]
+        return [eager.linear(x, *layer, *shared, **how) for layer in layers]
+
+    stand_in = SimpleNamespace(linear=one, linear_group=group)
+    monkeypatch.setattr(planner, "resolve_backend", lambda device_type, name: name)
+    monkeypatch.setattr(planner, "linear_module", lambda name: {backend: stand_in}[name])
+    monkeypatch.setattr(planner, "linear_kernel", lambda device, name: {backend: stand_in}[name].linear)
+    x, weights = torch.randn(2, 8), [torch.randn(4, 8), torch.randn(6, 8)]
+    shared = (torch.zeros(1, 1), torch.ones(1, dtype=torch.int32), None, "split", "exact", backend)
+    columns = torch.zeros(0, dtype=torch.int32)
+    torch.testing.assert_close(ops.linear(x, weights[0], None, [], [], None, columns, *shared), x @ weights[0].t())
+    both = ops.linear_group(x, weights, [], [], [0, 0], [], [None, None], [columns, columns], *shared)
+    torch.testing.assert_close(both, torch.cat([x @ weight.t() for weight in weights], 1))
+    assert [name for name, _ in calls] == ["linear", *(["linear"] * 2 if backend == "cpp" else ["linear_group"])]
+    assert all(how == {"execution": "split", "precision": "exact"} for _, how in calls)
 
 
 def test_choices() -> None:
