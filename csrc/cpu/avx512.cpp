@@ -1,9 +1,16 @@
 // AVX-512: registers of sixteen floats.
 #if defined(__x86_64__)
+#if defined(__GNUC__) && !defined(__clang__)  // its own intrinsics begin from registers of any content
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+#include <immintrin.h>
+
 #include "target.h"
 #include "types.h"
 
-ALIGNVEC_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#define ALIGNVEC_AVX512
+ALIGNVEC_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2,popcnt")
 #include "table.h"
 
 namespace alignvec {

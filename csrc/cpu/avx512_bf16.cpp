@@ -9,6 +9,7 @@
 #include "target.h"
 #include "types.h"
 
+#define ALIGNVEC_AVX512
 ALIGNVEC_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi,avx512vbmi2,avx2,fma,bmi2,popcnt")
 #include "dots_bf16.h"
 #include "table.h"

@@ -128,22 +128,23 @@ void dots_lossless(const Operand& operand, const Matrix& weight, int64_t n0, con
     if (n0 + r < operand.out) add_side<M>(operand, base[r], n0 + r, x, stride, sums + r * TILE_TOKENS);
 }
 
-template <int R, int M, typename T>
+template <int N, int R, int M, typename T>
 void dots_sparse(const Operand& operand, int64_t n0, const float* x, int64_t stride, float* sums) {
-  for (int r = 0; r < R; ++r) {
-    float own[M] = {};
-    if (n0 + r < operand.out) {
-      const int32_t* bitmap = operand.words + (n0 + r) * operand.words_stride;
-      const T* values = reinterpret_cast<const T*>(operand.values.data) + operand.start[n0 + r];
-      for (int64_t word = 0; word < operand.words_stride; ++word) {
-        for (uint32_t left = static_cast<uint32_t>(bitmap[word]); left; left &= left - 1) {
-          const float delta = widen_one(*values++);
-          const float* at = x + word * 32 + __builtin_ctz(left);
-          for (int m = 0; m < M; ++m) own[m] += delta * at[m * stride];
-        }
+  for (int r = 0; r < R && n0 + r < operand.out; ++r) {
+    const int32_t* bitmap = operand.words + (n0 + r) * operand.words_stride;
+    const T* values = reinterpret_cast<const T*>(operand.values.data) + operand.start[n0 + r];
+    Tile<N, 1, M> tile;
+    tile.clear();
+    for (int64_t word = 0; word < operand.words_stride; ++word) {
+      for (int j = 0; j < 32; j += N) {
+        const uint32_t mask = (static_cast<uint32_t>(bitmap[word]) >> j) & ((1u << N) - 1);
+        if (N < 16 && mask == 0) continue;  // where it is likely
+        const F<N> delta = Spread<N>::of(mask, values);
+        const float* at = x + word * 32 + j;
+        unroll<M>([&](int m) ALIGNVEC_BODY { tile.sum[0][m] += delta * load<F<N>>(at + m * stride); });
       }
     }
-    for (int m = 0; m < M; ++m) sums[r * TILE_TOKENS + m] = own[m];
+    tile.write(sums + r * TILE_TOKENS);
   }
 }
 
@@ -163,8 +164,8 @@ void dots_tile(const Operand& operand, const Matrix& weight, int64_t n0, const f
       if (operand.bits == 4) return dots_lossless<N, R, M, 4>(operand, weight, n0, x, stride, sums);
       return dots_lossless<N, R, M, 8>(operand, weight, n0, x, stride, sums);
     case Kind::sparse:
-      return wide ? dots_sparse<R, M, float>(operand, n0, x, stride, sums)
-                  : dots_sparse<R, M, uint16_t>(operand, n0, x, stride, sums);
+      return wide ? dots_sparse<N, R, M, float>(operand, n0, x, stride, sums)
+                  : dots_sparse<N, R, M, uint16_t>(operand, n0, x, stride, sums);
     case Kind::low_rank:
       return;
   }

@@ -7,6 +7,10 @@
 
 #include "types.h"
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #define ALIGNVEC_INLINE inline __attribute__((always_inline))
 #define ALIGNVEC_BODY __attribute__((always_inline))
 
@@ -124,6 +128,36 @@ template <>
 struct Sum<2> {
   static ALIGNVEC_INLINE float of(F<2> v) { return v[0] + v[1]; }
 };
+
+// The next values of a sparse row at the set bits of `mask`, zeros elsewhere; `values` moves past them.
+template <int N>
+struct Spread {
+  template <typename T>
+  static ALIGNVEC_INLINE F<N> of(uint32_t mask, const T*& values) {
+    F<N> v = {};
+    for (; mask; mask &= mask - 1) v[__builtin_ctz(mask)] = widen_one(*values++);
+    return v;
+  }
+};
+
+#if defined(ALIGNVEC_AVX512)  // the file's target, which the preprocessor does not see
+template <>
+struct Spread<16> {
+  static ALIGNVEC_INLINE F<16> packed(__mmask16 few, const float* values) {
+    return bits_of<F<16>>(_mm512_maskz_loadu_ps(few, values));
+  }
+  static ALIGNVEC_INLINE F<16> packed(__mmask16 few, const uint16_t* values) {
+    return widen<16>(bits_of<H<16>>(_mm256_maskz_loadu_epi16(few, values)));
+  }
+  template <typename T>
+  static ALIGNVEC_INLINE F<16> of(uint32_t mask, const T*& values) {
+    const int count = __builtin_popcount(mask);
+    const F<16> next = packed(static_cast<__mmask16>((1u << count) - 1), values);
+    values += count;
+    return bits_of<F<16>>(_mm512_maskz_expand_ps(static_cast<__mmask16>(mask), bits_of<__m512>(next)));
+  }
+};
+#endif
 
 // Fields of plane p of a word, as floats: +1 and -1 of one bit, n - 2^(bits - 1) of more.
 template <int N, int BITS>

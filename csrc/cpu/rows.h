@@ -6,10 +6,17 @@
 namespace alignvec {
 namespace {
 
+// Rows of a matrix follow each other: what is AHEAD bytes on is read soon, in this row or the next.
+constexpr int64_t AHEAD = 8192;
+ALIGNVEC_INLINE void prefetch(const void* row) { __builtin_prefetch(static_cast<const char*>(row) + AHEAD); }
+
 template <int N, typename T>
 ALIGNVEC_INLINE void load_row_of(const T* row, int64_t in, float* mix) {
   int64_t k = 0;
-  for (; k + N <= in; k += N) store(mix + k, load_wide<N>(row + k));
+  for (; k + N <= in; k += N) {
+    prefetch(row + k);
+    store(mix + k, load_wide<N>(row + k));
+  }
   for (; k < in; ++k) mix[k] = widen_one(row[k]);
 }
 
@@ -23,7 +30,10 @@ void load_row(const Matrix& matrix, int64_t n, int64_t in, float* mix) {
 template <int N, typename T>
 ALIGNVEC_INLINE void add_dense(const T* row, int64_t in, float c, float* mix) {
   int64_t k = 0;
-  for (; k + N <= in; k += N) store(mix + k, load<F<N>>(mix + k) + c * load_wide<N>(row + k));
+  for (; k + N <= in; k += N) {
+    prefetch(row + k);
+    store(mix + k, load<F<N>>(mix + k) + c * load_wide<N>(row + k));
+  }
   for (; k < in; ++k) mix[k] += c * widen_one(row[k]);
 }
 
@@ -79,13 +89,16 @@ void add_lossless(const Operand& operand, const Matrix& weight, int64_t n, float
   }
 }
 
-template <typename T>
+template <int N, typename T>
 void add_sparse(const Operand& operand, int64_t n, float c, float* mix) {
   const int32_t* bitmap = operand.words + n * operand.words_stride;
   const T* values = reinterpret_cast<const T*>(operand.values.data) + operand.start[n];
-  for (int64_t word = 0; word < operand.words_stride; ++word)
-    for (uint32_t left = static_cast<uint32_t>(bitmap[word]); left; left &= left - 1)
-      mix[word * 32 + __builtin_ctz(left)] += c * widen_one(*values++);
+  for (int64_t word = 0; word < operand.words_stride; ++word) {
+    for (int j = 0; j < 32; j += N) {
+      const uint32_t mask = (static_cast<uint32_t>(bitmap[word]) >> j) & ((1u << N) - 1);
+      if (N >= 16 || mask != 0) add_lanes<N>(mix, word * 32 + j, operand.in, c * Spread<N>::of(mask, values));
+    }
+  }
 }
 
 // The low-rank delta's row, B[n] A: `rank` rows of A, each read once.
@@ -120,7 +133,7 @@ void add_row(const Operand& operand, const Matrix& weight, int64_t n, float c, f
       if (operand.bits == 4) return add_lossless<N, 4>(operand, weight, n, c, mix);
       return add_lossless<N, 8>(operand, weight, n, c, mix);
     case Kind::sparse:
-      return wide ? add_sparse<float>(operand, n, c, mix) : add_sparse<uint16_t>(operand, n, c, mix);
+      return wide ? add_sparse<N, float>(operand, n, c, mix) : add_sparse<N, uint16_t>(operand, n, c, mix);
     case Kind::low_rank:
       return add_low_rank<N>(operand, n, c, mix);
   }
