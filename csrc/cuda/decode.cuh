@@ -15,8 +15,6 @@
 
 namespace alignvec::cuda {
 
-constexpr int kWarps = 4;  // that share an output
-
 // How a launch's coded vectors are stored. kFlush: planes after which a scale meets the sum, 0 for one scale a row.
 template <int kBitsOfField, int kPlanesOfScale, bool kStepsOfBase, int kMostVectors>
 struct Storage {
@@ -123,29 +121,28 @@ struct Block {
     const int slices_log2 = width_log2 - 4, width = 1 << width_log2;
     const int eighth = slice >> slices_log2, column = (slice & ((1 << slices_log2) - 1)) * 16;
     const int first = (eighth << (3 + width_log2)) + column;
-    const unsigned char* stage = ring.stage(reads.slot);
-    const unsigned char* at = stage + (first + 4 * t) * 2;
+    const unsigned char* stage = ring.stage(reads.slot) + first * 2;
+    const int lane = thread_index() % 32;
 
-    uint2 x[kPieces][kTiles];
+    X x;
 #pragma unroll
-    for (int i = 0; i < kPieces; ++i)
+    for (int m = 0; m < kTiles; ++m) {
+      // Tokens past the last one repeat it; a column of the product depends on no other.
+      const int token = 8 * m + lane % 8 < launch.tokens ? 8 * m + lane % 8 : launch.tokens - 1;
+      const unsigned char* at =
+          stage + Ring::kX + token * kPitch + lane / 8 % 2 * 16 + ((lane / 16) << (width_log2 + 1));
 #pragma unroll
-      for (int m = 0; m < kTiles; ++m) {
-        // Tokens past the last one repeat it; a column of the product depends on no other.
-        const int token = 8 * m + g < launch.tokens ? 8 * m + g : launch.tokens - 1;
-        x[i][m] = *reinterpret_cast<const uint2*>(at + Ring::kX + token * kPitch + (i << width_log2) * 2);
-      }
+      for (int i = 0; i < kPieces; i += 2) load_matrices(x[i / 2][m], at + (i << (width_log2 + 1)));
+    }
 
     uint32_t counts[F::kLossless ? kPieces : 1][4];
     if (stream.weight) {
-      const unsigned char* rows = at + (16 * tile + g) * kPitch;
+      const unsigned char* at = stage + (16 * tile + lane % 16) * kPitch + lane / 16 * 16;
 #pragma unroll
       for (int i = 0; i < kPieces; ++i) {
-        const auto upper = *reinterpret_cast<const uint2*>(rows + (i << width_log2) * 2);
-        const auto lower = *reinterpret_cast<const uint2*>(rows + (i << width_log2) * 2 + 8 * kPitch);
-        const uint32_t a[4] = {upper.x, lower.x, upper.y, lower.y};
-#pragma unroll
-        for (int m = 0; m < kTiles; ++m) multiply_add(base[m], a, x[i][m]);
+        uint32_t a[4];
+        load_matrices(a, at + (i << (width_log2 + 1)));
+        multiply_piece(base, a, x, i);
         if constexpr (F::kLossless)
 #pragma unroll
           for (int r = 0; r < 4; ++r) counts[i][r] = counted<F::kBits>(a[r]);
@@ -156,13 +153,13 @@ struct Block {
       constexpr int kPlanes = kPlanesLog2<F::kBits>;
       const int plane = ((reads.input >> width_log2) + 8 * eighth) & ((1 << kPlanes) - 1);
       const int begin = (8 * eighth >> kPlanes) << width_log2;  // this warp's chunk in the slot
-      const int unit = (begin + column) / 4 + t;
+      const int unit = (begin + column) / 4 + t / 2;
       const int row = (16 * tile + g) * kWordPitch<F::kBits>;
 #pragma unroll
       for (int j = 0; j < F::kVectors; ++j) {
         if (j >= stream.count) break;
         Fields<F::kBits> fields;
-        fields.load(ring.words(reads.word_slot, j) + row, g, unit, width, plane);
+        fields.load(ring.words(reads.word_slot, j) + row + t % 2 * 8, g, unit, width, plane);
         if constexpr (F::kLossless) step(sums[j], fields, counts, x);
         else if constexpr (F::kFlush == 0) dot<kPieces>(sums[j], fields, 0, x);
         else grouped(sums[j], fields, x, coded(stream, j), reads.input + first, width_log2);
@@ -170,34 +167,39 @@ struct Block {
     }
   }
 
+  using X = uint32_t[kPieces / 2][kTiles][4];  // fragments of two pieces each
+
+  static ALIGNVEC_DEVICE void multiply_piece(float (&sum)[kTiles][4], const uint32_t (&a)[4], const X& x, int i) {
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) multiply_add(sum[m], a, &x[i / 2][m][i % 2 * 2]);
+  }
+
   template <int kCount>
   static ALIGNVEC_DEVICE void dot(float (&sum)[kTiles][4], const Fields<F::kBits>& fields, int first,
-                                  const uint2 (&x)[kPieces][kTiles]) {
+                                  const X& x) {
 #pragma unroll
     for (int i = first; i < first + kCount; ++i) {
       const uint32_t a[4] = {fields.code(i, 0), fields.code(i, 1), fields.code(i, 2), fields.code(i, 3)};
-#pragma unroll
-      for (int m = 0; m < kTiles; ++m) multiply_add(sum[m], a, x[i][m]);
+      multiply_piece(sum, a, x, i);
     }
   }
 
   // The aligned weights' product: the base's is subtracted at the end.
   static ALIGNVEC_DEVICE void step(float (&sum)[kTiles][4], const Fields<F::kBits>& fields,
                                    const uint32_t (&counts)[F::kLossless ? kPieces : 1][4],
-                                   const uint2 (&x)[kPieces][kTiles]) {
+                                   const X& x) {
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
       uint32_t a[4];
 #pragma unroll
       for (int r = 0; r < 4; ++r) a[r] = uncounted(counts[i][r] + fields.field(i, r));
-#pragma unroll
-      for (int m = 0; m < kTiles; ++m) multiply_add(sum[m], a, x[i][m]);
+      multiply_piece(sum, a, x, i);
     }
   }
 
   // Scales of groups of kFlush planes or more meet the sum of every kFlush planes.
   ALIGNVEC_DEVICE void grouped(float (&sum)[kTiles][4], const Fields<F::kBits>& fields,
-                               const uint2 (&x)[kPieces][kTiles], const Vector& vector, int input, int width_log2) const {
+                               const X& x, const Vector& vector, int input, int width_log2) const {
     constexpr int kFlush = F::kFlush ? F::kFlush : 1;
     float scale[kPieces / kFlush][2];
     const int64_t rows[2] = {ring.row(16 * tile + g), ring.row(16 * tile + g + 8)};
@@ -256,7 +258,7 @@ ALIGNVEC_DEVICE float read(const void* values, bool wide, int64_t at) {
 
 // kTiles: tiles of 8 tokens, and of 16 outputs in a block: x is as much again of what a block reads for every 8 tokens.
 template <class F, int kTiles>
-__global__ void __launch_bounds__(32 * kWarps* kTiles) decode_kernel(const __grid_constant__ Launch launch) {
+__global__ void __launch_bounds__(32 * kWarps * kTiles, kTiles == 1 ? 3 : 1) decode_kernel(const __grid_constant__ Launch launch) {
   constexpr int kRows = 16 * kTiles, kPitchOfSums = 8 * kTiles + 1;
   unsigned char* memory = shared_memory();
   Mix& mix = *reinterpret_cast<Mix*>(memory);

@@ -37,13 +37,22 @@ ALIGNVEC_DEVICE void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// Four matrices of 8 rows of 16 bytes in shared memory; row r of matrix i is where lane 8 i + r says. Lane (g, t) has the
+// t-th four bytes of row g of each.
+ALIGNVEC_DEVICE void load_matrices(uint32_t (&to)[4], const void* row) {
+  const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(from)
+               : "memory");
+}
+
 // sum += A B over 16 inputs: A [16, 16], B [16, 8] of bfloat16, sums float32 [16, 8], in fragments of lane (g, t).
-ALIGNVEC_DEVICE void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint2 b) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+ALIGNVEC_DEVICE void multiply_add(float (&sum)[4], const uint32_t (&a)[4], const uint32_t* b) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 // Bytes of the pair (b, a), 0 to 7 from a's lowest; a selector's nibble of 8 more spreads that byte's sign.
@@ -52,6 +61,14 @@ ALIGNVEC_DEVICE uint32_t signs(uint32_t halves) {
   uint32_t spread;
   asm("prmt.b32 %0, %1, 0, 0xBB99;" : "=r"(spread) : "r"(halves));
   return spread;
+}
+
+// A function of three bits, for all bits at once: kTable is its value at 0xF0, 0xCC and 0xAA.
+template <int kTable>
+ALIGNVEC_DEVICE uint32_t logic(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(result) : "r"(a), "r"(b), "r"(c), "n"(kTable));
+  return result;
 }
 
 // a b + c in two bfloat16 halves; subnormal numbers count.

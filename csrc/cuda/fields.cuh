@@ -1,13 +1,17 @@
 // Bit planes as operands of a product: the words of kernels/operands.py become pairs of bfloat16 numbers in registers.
 //
-// A chunk of `width` words holds 32 / bits planes of `width` inputs. A thread takes four neighbouring words of a row: of
-// every plane four neighbouring inputs, two registers of a fragment. Two words give, a half of each side by side, pairs
+// A chunk of `width` words holds 32 / bits planes of `width` inputs. A thread takes two pairs of neighbouring words of a
+// row, of each of its planes the inputs of two registers of a fragment. Two words give, a half of each side by side, pairs
 // of neighbouring inputs for all planes at once; a plane is then a shift and a mask.
 #pragma once
 
 #include "ring.cuh"
 
 namespace alignvec::cuda {
+
+// Tables of three bits, for the compiler makes two steps of an expression with two constants.
+constexpr int kAndXor = (0xF0 & 0xCC) ^ 0xAA;
+constexpr int kXorWhere = ((0xF0 ^ 0xCC) & 0xAA) | (~0xF0 & ~0xAA & 0xFF);  // c ? a ^ b : ~a
 
 constexpr int kPieces = 8;  // of 16 inputs and one plane each, that a warp takes from a stage
 
@@ -19,25 +23,26 @@ struct Fields {
   static constexpr int kHalves = kBits <= 2 ? 1 : kBits / 2;  // of a word, that eight planes take
   uint32_t halves[kHalves][4];
 
-  // words: row g of the tile in shared memory, and rows 8 further on; unit: of this thread's first four words; plane: the
-  // first of the eight.
+  // words: row g of the tile in shared memory, and rows 8 further on; unit: of the slice's first
+  // four words; plane: the first of the eight.
   ALIGNVEC_DEVICE void load(const unsigned char* words, int g, int unit, int width, int plane) {
     constexpr int kSets = kBits == 8 ? 2 : 1;  // chunks that eight planes lie in
 #pragma unroll
     for (int set = 0; set < kSets; ++set) {
-      const unsigned char* at = words + swizzled(g, unit + set * width / 4) * 16;
-      const uint4 a = *reinterpret_cast<const uint4*>(at);
-      const uint4 b = *reinterpret_cast<const uint4*>(at + 8 * kWordPitch<kBits>);
+      uint2 row[2][2];  // of rows g and g + 8, in the first and the second eight words of the slice
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int at = swizzled(g, unit + set * width / 4 + i % 2 * 2) * 16 + i / 2 * 8 * kWordPitch<kBits>;
+        row[i / 2][i % 2] = *reinterpret_cast<const uint2*>(words + at);
+      }
 #pragma unroll
       for (int half = 0; half < kHalves / kSets; ++half) {
         uint32_t selector = half ? 0x7632u : 0x5410u;
         if (kBits == 1) selector = static_cast<uint32_t>(plane) / 8 * 0x0101u + 0x0400u;  // one byte of each
         if (kBits == 2) selector = plane ? 0x7632u : 0x5410u;
         uint32_t(&to)[4] = halves[set * (kHalves / kSets) + half];
-        to[0] = bytes(a.x, a.y, selector);
-        to[1] = bytes(b.x, b.y, selector);
-        to[2] = bytes(a.z, a.w, selector);
-        to[3] = bytes(b.z, b.w, selector);
+#pragma unroll
+        for (int r = 0; r < 4; ++r) to[r] = bytes(row[r % 2][r / 2].x, row[r % 2][r / 2].y, selector);
       }
     }
   }
@@ -55,7 +60,7 @@ struct Fields {
     // Bits 0 to 7 alone are n 2^-133, subnormal or not; 2^126 n 2^-133 - half 2^-7 is exact. The upper nibble of
     // a byte stays where it is, 16 times as large.
     if constexpr (kBits == 1) {
-      return ((halves[0][r] << (15 - i % 8)) & 0x80008000u) ^ 0x3F803F80u;  // a sign of 1.0
+      return logic<kAndXor>(halves[0][r] << (15 - i % 8), 0x80008000u, 0x3F803F80u);  // a sign of 1.0
     } else if constexpr (kBits == 4) {
       const uint32_t word = halves[i / 4][r] >> (i % 4 / 2 * 8);
       return i % 2 ? fma_halves(word & 0x00F000F0u, 0x7C807C80u, 0xBD80BD80u)
@@ -72,9 +77,7 @@ struct Fields {
 // added to. That is never below 0, save beside numbers of 2^127 and more.
 template <int kBits>
 ALIGNVEC_DEVICE uint32_t counted(uint32_t pair) {
-  const uint32_t negative = signs(pair);
-  const uint32_t count = pair ^ (negative & 0x7FFF7FFFu) ^ 0x80008000u;
-  return count - (1u << (kBits - 1)) * 0x00010001u;
+  return logic<kXorWhere>(pair, signs(pair), 0x7FFF7FFFu) - (1u << (kBits - 1)) * 0x00010001u;
 }
 
 ALIGNVEC_DEVICE uint32_t uncounted(uint32_t count) {

@@ -8,14 +8,15 @@ namespace alignvec::cuda {
 constexpr int kMaxVectors = 16;  // that edit one layer
 constexpr int kMaxEntries = 4;   // layers in a launch
 constexpr int kMaxTokens = 16;
-constexpr int kStages = 4;    // of shared memory at most
+constexpr int kStages = 4;      // of shared memory at most
+constexpr int kWarps = 4;     // that share an output
 constexpr int kInputsLog2 = 9;
 constexpr int kInputs = 1 << kInputsLog2;  // of a stage
 
 enum class Kind : uint8_t { kDense, kCodes, kLossless };
 
 // Bytes from row to row of a stage: of weights and x; of words, 64 or, of 8-bit fields, 128.
-constexpr int kPitch = kInputs * 2 + 32;
+constexpr int kPitch = kInputs * 2 + 16;
 constexpr int word_pitch(int bits) { return bits == 8 ? 512 : bits ? 256 : 0; }
 template <int kBits>
 constexpr int kWordPitch = word_pitch(kBits);

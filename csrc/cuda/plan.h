@@ -91,7 +91,7 @@ inline std::vector<Plan> plan(const Launch& call, const std::vector<Entry>& laye
     for (const Entry& layer : layers)
       if (formats_of(layer)[number]) having.push_back(&layer);
     for (size_t first = 0; first < having.size(); first += kMaxEntries) {
-      Plan p{format, tiles, 0, 128 * tiles, 0, call};
+      Plan p{format, tiles, 0, 32 * kWarps * tiles, 0, call};
       p.launch.entries = static_cast<int>(std::min<size_t>(kMaxEntries, having.size() - first));
       int coded = 0;
       for (int i = 0; i < p.launch.entries; ++i) {

@@ -90,10 +90,18 @@ inline uint16_t to_bfloat16(float value) {
 }
 inline float not_a_number() { return from_bits(0x7FFFFFFFu); }
 
-inline void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint2 b) {
+inline void load_matrices(uint32_t (&to)[4], const void* row) {
+  const unsigned char* all = emulator::exchange(&row, sizeof row);
+  for (int i = 0; i < 4; ++i) {
+    const auto* from = of_lane<const unsigned char*>(all, 8 * i + thread_index() % 32 / 4);
+    std::memcpy(&to[i], from + thread_index() % 4 * 4, 4);
+  }
+}
+
+inline void multiply_add(float (&sum)[4], const uint32_t (&a)[4], const uint32_t* b) {
   struct {
     uint32_t a[4], b[2];
-  } mine = {{a[0], a[1], a[2], a[3]}, {b.x, b.y}};
+  } mine = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
   static_assert(sizeof mine <= emulator::kExchanged);
   const unsigned char* all = emulator::exchange(&mine, sizeof mine);
   const int g = thread_index() % 32 / 4, t = thread_index() % 4;
@@ -121,6 +129,14 @@ inline uint32_t bytes(uint32_t a, uint32_t b, uint32_t selector) {
   return result;
 }
 inline uint32_t signs(uint32_t halves) { return bytes(halves, 0, 0xBB99); }
+
+template <int kTable>
+uint32_t logic(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t result = 0;
+  for (int row = 0; row < 8; ++row)
+    if (kTable >> row & 1) result |= (row & 4 ? a : ~a) & (row & 2 ? b : ~b) & (row & 1 ? c : ~c);
+  return result;
+}
 
 inline uint32_t fma_halves(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t result = 0;
