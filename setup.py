@@ -51,8 +51,8 @@ def find_torch() -> Torch | None:
     for folder in (*folders, *(Path(sysconfig.get_path(name), "torch") for name in ("purelib", "platlib"))):
         if (folder / "version.py").is_file() and (folder / "include").is_dir():
             text = (folder / "version.py").read_text()
-            version = re.search(r"__version__ = '(\d+)\.(\d+)", text)
-            cuda = re.search(r"^cuda\b.*= '([^']+)'", text, re.MULTILINE)
+            version = re.search(r"__version__ = ['\"](\d+)\.(\d+)", text)
+            cuda = re.search(r"^cuda\b.*= ['\"]([^'\"]+)", text, re.MULTILINE)
             return Torch(folder, tuple(map(int, version.groups())) if version else (), cuda and cuda[1])
     return None
 
@@ -126,7 +126,7 @@ def build(part: str, torch: Torch, library: Path) -> None:
 
         objects = list(pool.map(compiled, sources(part)))
         library.parent.mkdir(parents=True, exist_ok=True)
-        made = library.with_suffix(".tmp")  # renamed into place: a process that has the old one open keeps it
+        made = library.with_suffix(".new.so")  # renamed into place: a process that has the old one open keeps it
         call([*command, "-shared", *objects, *libraries, "-o", str(made)], "its library")
         made.replace(library)
 
