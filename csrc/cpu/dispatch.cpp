@@ -14,6 +14,10 @@ extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
 extern const Kernels avx512_bf16_kernels;
 #endif
+#if defined(__x86_64__) && defined(__linux__)
+bool amx_runs();
+Kernels amx_kernels();
+#endif
 
 namespace {
 
@@ -30,7 +34,13 @@ const Kernels& choose() {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") &&
                     __builtin_cpu_supports("avx512vbmi2");
-  const Choice choices[] = {{&avx512_bf16_kernels, bf16},
+#if defined(__linux__)
+  static const Kernels amx = amx_kernels();
+  const Choice choices[] = {{&amx, bf16 && amx_runs()},
+#else
+  const Choice choices[] = {
+#endif
+                            {&avx512_bf16_kernels, bf16},
                             {&avx512_kernels, avx512},
                             {&avx2_kernels, avx2},
                             {&portable_kernels, true}};

@@ -19,7 +19,7 @@ void pair_up(const uint16_t* x, int64_t in, int64_t width, uint16_t* paired) {
 }  // namespace
 
 PaddedInputs::PaddedInputs(const Kernels& kernels, const Matrix& x, int64_t tokens, int64_t in,
-                           const std::vector<const Operand*>& operands, Loop loop) {
+                           const std::vector<const Operand*>& operands, bool tiles, Loop loop) {
   const int64_t stride = inputs_.stride = (in + INPUT_PAD - 1) / INPUT_PAD * INPUT_PAD;
   const size_t size = static_cast<size_t>((tokens + TILE_TOKENS - 1) * stride);
   bool f32 = false, bf16 = false, paired[3] = {false, false, false};
@@ -28,6 +28,8 @@ PaddedInputs::PaddedInputs(const Kernels& kernels, const Matrix& x, int64_t toke
     (narrow ? bf16 : f32) = true;
     if (narrow && operand->kind != Kind::dense) paired[paired_index(operand->width)] = true;
   }
+  tiles = tiles && bf16;
+  if (tiles) tiles_.resize(static_cast<size_t>((tokens + 31) / 32 * 32 * stride / 2));  // an even number of blocks
   if (f32) f32_.resize(size);
   if (bf16) bf16_.resize(size);
   for (int i = 0; i < 3; ++i)
@@ -38,8 +40,11 @@ PaddedInputs::PaddedInputs(const Kernels& kernels, const Matrix& x, int64_t toke
       if (bf16) std::memcpy(bf16_.data() + m * stride, x.row(m), static_cast<size_t>(in) * 2);
       for (int i = 0; i < 3; ++i)
         if (paired[i]) pair_up(bf16_.data() + m * stride, stride, 16 << i, paired_[i].data() + m * stride);
+      for (int64_t pair = 0; tiles && pair < stride / 2; ++pair)
+        std::memcpy(tiles_.data() + (m / 16 * (stride / 2) + pair) * 16 + m % 16, bf16_.data() + m * stride + 2 * pair, 4);
     }
   });
+  inputs_.tiles = tiles ? tiles_.data() : nullptr;
   inputs_.f32 = f32 ? f32_.data() : nullptr;
   inputs_.bf16 = bf16 ? bf16_.data() : nullptr;
   for (int i = 0; i < 3; ++i) inputs_.paired[i] = paired[i] ? paired_[i].data() : nullptr;

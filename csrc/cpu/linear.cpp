@@ -11,7 +11,7 @@ namespace {
 // Whether forming a mix pays for `tokens` that share one, as measured on Zen 5: it spares a product for each of k vectors, and
 // held as a pair of bf16 numbers it takes one more itself.
 bool combining_pays(int64_t tokens, int64_t k, bool pair) {
-  return pair ? tokens * (k - 1) >= 20 * k : tokens * k >= 16;
+  return pair ? tokens * (k - 1) >= 10 * k : tokens * k >= 16;
 }
 
 // Bytes of the mixes that one thread forms at a time: half of a second-level cache of 1 MiB.
@@ -52,6 +52,46 @@ struct Factor {
   Inputs x;
 };
 
+// Rows of one mix: float32, or where kernels read bf16 activations its upper half and, unless it is to be rounded, the rest.
+struct Mix {
+  Mix(const Inputs& x, bool rounded, DType weight)
+      : stride(x.stride), rounds(rounded && weight == DType::bf16), values(static_cast<size_t>(stride)) {
+    const size_t size = static_cast<size_t>(MIX_ROWS * stride);
+    if (x.bf16 == nullptr) {
+      values.resize(size);
+      if (rounds) pair.resize(static_cast<size_t>(stride));
+      return;
+    }
+    pair.resize(rounded ? size : 2 * size);
+    high = pair.data();
+    low = rounded ? nullptr : high + size;
+  }
+
+  float* row(int64_t r) { return values.data() + (high == nullptr ? r * stride : 0); }
+
+  void finish(const Kernels& kernels, int64_t r, int64_t in) {
+    if (high != nullptr) {
+      kernels.store(row(r), in, DType::bf16, high + r * stride, low == nullptr ? nullptr : low + r * stride);
+    } else if (rounds) {
+      kernels.store(row(r), in, DType::bf16, pair.data(), nullptr);
+      kernels.load_row({pair.data(), DType::bf16, stride}, 0, in, row(r));
+    }
+  }
+
+  Matrix half(int index, int64_t k) const {
+    if (high == nullptr) return {values.data() + k, DType::f32, stride};
+    return {(index == 0 ? high : low) + k, DType::bf16, stride};
+  }
+
+  int64_t stride;
+  bool rounds;
+  Buffer<float> values;
+  Buffer<uint16_t> pair;
+  uint16_t* high = nullptr;
+  uint16_t* low = nullptr;
+  Buffer<float> sums;
+};
+
 // What the executions share: padded activations, coefficients, and the low-rank vectors' first products.
 class Call {
  public:
@@ -76,8 +116,7 @@ class Call {
   void run_split();
   void run_combine();
   std::vector<Factor> factors(const Inputs& x, bool low_rank_only);
-  void combine_rows(int64_t n0, int64_t n1, const Inputs& x, const std::vector<Factor>& narrow, Buffer<float>& mix,
-                    Buffer<uint16_t>& pair);
+  void combine_rows(int64_t n0, int64_t n1, const Inputs& x, const std::vector<Factor>& narrow, Mix& mix);
 
   const Linear& call_;
   Loop loop_;
@@ -141,7 +180,7 @@ std::vector<const Operand*> pointers(const std::vector<Operand>& operands) {
 // A sum for the base and one for each vector, which meet their coefficients after the last input: rows may differ.
 void Call::run_split() {
   const std::vector<Operand> reading = readers(call_, c_, base_, true);
-  const PaddedInputs padded(kernels_, call_.x, call_.tokens, call_.in, pointers(reading), loop_);
+  const PaddedInputs padded(kernels_, call_.x, call_.tokens, call_.in, pointers(reading), false, loop_);
   const std::vector<Factor> vectors = factors(padded.view(), false);
   const int tile = call_.tokens == 1 ? 1 : TILE_TOKENS;
   const bool biased = call_.bias.data != nullptr, edited = call_.bias_deltas.data != nullptr;
@@ -180,32 +219,57 @@ void Call::run_combine() {
   std::vector<Operand> reading = readers(call_, c_, base_, false);
   reading[0] = mixed;
   if (call_.merged) reading.resize(1);
-  const PaddedInputs padded(kernels_, call_.x, call_.tokens, call_.in, pointers(reading), loop_);
+  const PaddedInputs padded(kernels_, call_.x, call_.tokens, call_.in, pointers(reading),
+                            kernels_.product != nullptr, loop_);
   const std::vector<Factor> narrow = call_.merged ? std::vector<Factor>() : factors(padded.view(), true);
-  const int64_t row_bytes = call_.in * 4;
-  const int64_t block = std::clamp<int64_t>(MIX_BYTES / row_bytes / TILE_ROWS, 1, 8) * TILE_ROWS;
+  const int64_t tiles = std::clamp<int64_t>(MIX_BYTES / (call_.in * 4) / TILE_ROWS, 1, MIX_ROWS / TILE_ROWS);
+  const int64_t block = kernels_.product != nullptr ? MIX_ROWS : tiles * TILE_ROWS;
   parallel(loop_, (call_.out + block - 1) / block, 1, [&](int64_t first, int64_t last) {
-    Buffer<float> mix;
-    Buffer<uint16_t> pair;
+    Mix mix(padded.view(), call_.merged, call_.weight.dtype);
     for (int64_t b = first; b < last; ++b)
-      combine_rows(b * block, std::min((b + 1) * block, call_.out), padded.view(), narrow, mix, pair);
+      combine_rows(b * block, std::min((b + 1) * block, call_.out), padded.view(), narrow, mix);
   });
 }
 
-void Call::combine_rows(int64_t n0, int64_t n1, const Inputs& x, const std::vector<Factor>& narrow,
-                        Buffer<float>& mix, Buffer<uint16_t>& pair) {
+// Inputs that a tile of rows and one of tokens take at a time: both stay in a first-level cache.
+constexpr int64_t PRODUCT_INPUTS = 2048;
+
+// sums[m * MIX_ROWS + r] of a mix that is held in cache, for all tokens of a run.
+void products(const Kernels& kernels, const Mix& mix, int64_t rows, int64_t in, const Inputs& x, const Run& run,
+              float* sums) {
+  const int64_t tokens = run.last - run.first;
+  if (mix.high != nullptr && x.tiles != nullptr && run.first % 16 == 0 && tokens > 1)
+    return kernels.product(mix.high, mix.low, mix.stride, x, run.first, tokens, sums);
+  const int tile = tokens == 1 ? 1 : TILE_TOKENS;
+  std::memset(sums, 0, static_cast<size_t>(tokens * MIX_ROWS) * sizeof(float));
+  float part[TILE_ROWS * TILE_TOKENS];
+  Ahead none;
+  for (int64_t k = 0; k < in; k += PRODUCT_INPUTS) {
+    const int64_t count = std::min(PRODUCT_INPUTS, in - k);
+    Inputs from = x;
+    if (from.f32 != nullptr) from.f32 += k;
+    if (from.bf16 != nullptr) from.bf16 += k;
+    for (int64_t m = 0; m < tokens; m += tile) {
+      for (int half = 0; half < (mix.low == nullptr ? 1 : 2); ++half) {
+        const Operand own = dense_operand(mix.half(half, k), rows, count);
+        for (int64_t n = 0; n < rows; n += TILE_ROWS) {
+          kernels.dots(own, own.values, n, from, run.first + m, tile, none, part);
+          for (int64_t j = 0; j < std::min<int64_t>(tile, tokens - m); ++j)
+            for (int64_t r = 0; r < TILE_ROWS; ++r) sums[(m + j) * MIX_ROWS + n + r] += part[r * TILE_TOKENS + j];
+        }
+      }
+    }
+  }
+}
+
+void Call::combine_rows(int64_t n0, int64_t n1, const Inputs& x, const std::vector<Factor>& narrow, Mix& mix) {
   const int64_t in = call_.in, rows = n1 - n0;
-  // The mix as bf16 where kernels read that: its upper half, and unless it is to be rounded, the rest.
-  const bool halves = x.bf16 != nullptr && call_.x.dtype == DType::bf16;
-  const bool exact = !call_.merged;
-  mix.resize(static_cast<size_t>(halves ? in : in * rows));
-  pair.resize(static_cast<size_t>(halves ? in * rows * (exact ? 2 : 1) : in));
-  uint16_t* low = halves && exact ? pair.data() + in * rows : nullptr;
-  std::vector<float> biases(static_cast<size_t>(rows));
+  float biases[MIX_ROWS], part[TILE_ROWS * TILE_TOKENS];
+  Ahead none;
   for (const Run& run : c_.runs) {
     const float* c = c_.of(run.first);
     for (int64_t r = 0; r < rows; ++r) {
-      float* row = mix.data() + (halves ? 0 : r * in);
+      float* row = mix.row(r);
       kernels_.load_row(call_.weight, n0 + r, in, row);
       float bias = call_.bias.data == nullptr ? 0.0f : value_of(call_.bias, 0, n0 + r);
       for (int64_t i : c_.used) {
@@ -214,38 +278,26 @@ void Call::combine_rows(int64_t n0, int64_t n1, const Inputs& x, const std::vect
         if (own.kind != Kind::low_rank || call_.merged) kernels_.add_row(own, call_.weight, n0 + r, c[i], row);
         if (call_.bias_deltas.data != nullptr) bias += c[i] * value_of(call_.bias_deltas, i, n0 + r);
       }
-      biases[static_cast<size_t>(r)] = call_.merged ? rounded(bias, call_.weight.dtype) : bias;
-      if (halves) {
-        kernels_.store(row, in, DType::bf16, pair.data() + r * in, low == nullptr ? nullptr : low + r * in);
-      } else if (call_.merged && call_.weight.dtype == DType::bf16) {
-        kernels_.store(row, in, DType::bf16, pair.data(), nullptr);
-        kernels_.load_row({pair.data(), DType::bf16, in}, 0, in, row);
+      biases[r] = call_.merged ? rounded(bias, call_.weight.dtype) : bias;
+      mix.finish(kernels_, r, in);
+    }
+    const int64_t tokens = run.last - run.first;
+    mix.sums.resize(static_cast<size_t>(tokens * MIX_ROWS));
+    float* sums = mix.sums.data();
+    products(kernels_, mix, rows, in, x, run, sums);
+    for (const Factor& factor : narrow) {
+      if (c[factor.vector] == 0) continue;
+      for (int64_t m = 0; m < tokens; m += TILE_TOKENS) {
+        for (int64_t n = 0; n < rows; n += TILE_ROWS) {
+          kernels_.dots(factor.operand, call_.weight, n0 + n, factor.x, run.first + m, TILE_TOKENS, none, part);
+          for (int64_t j = 0; j < std::min<int64_t>(TILE_TOKENS, tokens - m); ++j)
+            for (int64_t r = 0; r < TILE_ROWS; ++r)
+              sums[(m + j) * MIX_ROWS + n + r] += c[factor.vector] * part[r * TILE_TOKENS + j];
+        }
       }
     }
-    const Operand high = halves ? dense_operand({pair.data(), DType::bf16, in}, rows, in)
-                                : dense_operand({mix.data(), DType::f32, in}, rows, in);
-    const Operand rest = dense_operand({low, DType::bf16, in}, rows, in);
-    float total[TILE_ROWS * TILE_TOKENS], sums[TILE_ROWS * TILE_TOKENS];
-    const int tile = run.last - run.first == 1 ? 1 : TILE_TOKENS;
-    Ahead none;
-    for (int64_t m = run.first; m < run.last; m += tile) {
-      const int64_t tokens = std::min<int64_t>(tile, run.last - m);
-      for (int64_t n = 0; n < rows; n += TILE_ROWS) {
-        kernels_.dots(high, call_.weight, n, x, m, tile, none, total);
-        if (low != nullptr) {
-          kernels_.dots(rest, call_.weight, n, x, m, tile, none, sums);
-          for (int i = 0; i < TILE_ROWS * TILE_TOKENS; ++i) total[i] += sums[i];
-        }
-        for (const Factor& factor : narrow) {
-          if (c[factor.vector] == 0) continue;
-          kernels_.dots(factor.operand, call_.weight, n0 + n, factor.x, m, tile, none, sums);
-          for (int i = 0; i < TILE_ROWS * TILE_TOKENS; ++i) total[i] += c[factor.vector] * sums[i];
-        }
-        for (int64_t j = 0; j < tokens; ++j)
-          for (int64_t r = 0; r < TILE_ROWS && n + r < rows; ++r)
-            write(call_.y, m + j, n0 + n + r, total[r * TILE_TOKENS + j] + biases[static_cast<size_t>(n + r)]);
-      }
-    }
+    for (int64_t m = 0; m < tokens; ++m)
+      for (int64_t r = 0; r < rows; ++r) write(call_.y, run.first + m, n0 + r, sums[m * MIX_ROWS + r] + biases[r]);
   }
 }
 

@@ -48,11 +48,13 @@ inline Operand dense_operand(Matrix values, int64_t out, int64_t in) {
 }
 
 // Activations of all tokens in the layouts that kernels read, rows `stride` values apart and padded with zeros: float32,
-// bf16, and bf16 in pairs (see dots_bf16.h) for planes of 16, 32 and 64 inputs. Those that no kernel needs are null.
+// bf16, and bf16 in pairs (see dots_bf16.h) for planes of 16, 32 and 64 inputs. Layouts that no kernel needs are null.
 struct Inputs {
   const float* f32 = nullptr;
   const uint16_t* bf16 = nullptr;
   const uint16_t* paired[3] = {nullptr, nullptr, nullptr};
+  // bf16 as AMX takes it: blocks of 16 tokens, in each [stride / 2, 16] pairs of consecutive inputs.
+  const uint32_t* tiles = nullptr;
   int64_t stride = 0;
 };
 
@@ -70,6 +72,7 @@ struct Ahead {
 
 constexpr int TILE_ROWS = 4;    // output rows that one call of `dots` takes
 constexpr int TILE_TOKENS = 4;  // tokens, unless there is one
+constexpr int MIX_ROWS = 32;    // rows of a mix that a product takes
 constexpr int64_t INPUT_PAD = 128;  // activations are padded to a multiple: two planes of the largest width
 
 // The kernels of one instruction set. `weight` is the base, which lossless deltas are steps from.
@@ -81,6 +84,10 @@ struct Kernels {
   // not count, and for 1 or TILE_TOKENS tokens. Low-rank deltas are not for it.
   void (*dots)(const Operand& operand, const Matrix& weight, int64_t n0, const Inputs& x, int64_t m0, int tokens,
                Ahead& ahead, float* sums);
+  // sums[m * MIX_ROWS + r] = sum_k x[m0 + m][k] (high[r][k] + low[r][k]) for MIX_ROWS rows of bf16, `stride` values apart and as
+  // long as padded activations; low may be null, m0 is a multiple of 16. Null where `dots` is all there is.
+  void (*product)(const uint16_t* high, const uint16_t* low, int64_t stride, const Inputs& x, int64_t m0,
+                  int64_t tokens, float* sums);
   // mix[k] = base[n][k], or += c delta[n][k].
   void (*load_row)(const Matrix& matrix, int64_t n, int64_t in, float* mix);
   void (*add_row)(const Operand& operand, const Matrix& weight, int64_t n, float c, float* mix);
