@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from alignvec import compiled
-from alignvec.kernels.operands import MAX_VECTORS, Operand
+from alignvec.kernels.operands import MAX_VECTORS, ROW, Operand
 
 if TYPE_CHECKING:
     from alignvec.kernels.packing import Projection
@@ -109,6 +109,8 @@ def serves(
                 return "csrc/cuda needs dense deltas in bfloat16 rows that begin at multiples of 16 bytes"
             if o.kind == "codes" and o.bits not in (1, 4, 8):
                 return f"csrc/cuda has no kernel for codes of {o.bits} bits"
+            if o.kind == "codes" and not (o.parts[1].dtype == torch.bfloat16 or (o.bits == 1 and o.group == ROW)):
+                return "csrc/cuda needs bfloat16 scales, or for signs one float32 a row"
     return None
 
 

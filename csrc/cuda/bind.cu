@@ -82,10 +82,12 @@ class Parts {
       const Tensor& scales = next();
       v.groups = static_cast<int32_t>(scales.size(1));
       v.group_log2 = v.groups == 1 ? 30 : log2_of(group);
-      check(scales.is_contiguous() && scales.size(0) == out, "scales", "contiguous [out, groups]");
+      check(scales.is_contiguous() && scales.size(0) == out && scales.numel() < INT32_MAX, "scales",
+            "contiguous [out, groups], less than 2^31");
       check(v.groups == 1 || (group >= width && !(group & (group - 1)) && group * v.groups >= in), "scales",
             "one for each group of a power of two of inputs, whole planes");
       v.wide_scales = is_wide(scales, "scales");
+      check(!v.wide_scales || (bits == 1 && v.groups == 1), "scales", "bfloat16, other than one a row of signs");
       v.scales = scales.data_ptr();
     } else {
       STD_TORCH_CHECK(bits != 1, "layout: steps have 2, 4 or 8 bits");

@@ -41,6 +41,10 @@ struct Cursor {
   }
 };
 
+ALIGNVEC_DEVICE float read(const void* values, bool wide, int64_t at) {
+  return wide ? static_cast<const float*>(values)[at] : to_float(static_cast<const uint16_t*>(values)[at]);
+}
+
 template <class F, int kTiles>
 struct Block {
   using Ring = cuda::Ring<F::kBits, 16 * kTiles>;
@@ -51,6 +55,7 @@ struct Block {
   const Mix& mix;
   Ring ring;
   int tile, slice, g, t;
+  int rows[2];  // of the layer: g, g + 8
   Cursor writes, reads;
   float total[kTiles][4], base[kTiles][4], sums[kSums][kTiles][4];
 
@@ -61,6 +66,8 @@ struct Block {
     slice = warp % kWarps;
     g = lane / 4;
     t = lane % 4;
+    rows[0] = ring.row(16 * tile + g);
+    rows[1] = ring.row(16 * tile + g + 8);
     clear(total);
   }
 
@@ -138,15 +145,18 @@ struct Block {
     uint32_t counts[F::kLossless ? kPieces : 1][4];
     if (stream.weight) {
       const unsigned char* at = stage + (16 * tile + lane % 16) * kPitch + lane / 16 * 16;
+      float odd[kTiles][4];
+      clear(odd);
 #pragma unroll
       for (int i = 0; i < kPieces; ++i) {
         uint32_t a[4];
         load_matrices(a, at + (i << (width_log2 + 1)));
-        multiply_piece(base, a, x, i);
+        multiply_piece(i % 2 ? odd : base, a, x, i);
         if constexpr (F::kLossless)
 #pragma unroll
           for (int r = 0; r < 4; ++r) counts[i][r] = counted<F::kBits>(a[r]);
       }
+      add(base, odd);
     }
 
     if constexpr (F::kVectors > 0) {
@@ -160,9 +170,12 @@ struct Block {
         if (j >= stream.count) break;
         Fields<F::kBits> fields;
         fields.load(ring.words(reads.word_slot, j) + row + t % 2 * 8, g, unit, width, plane);
-        if constexpr (F::kLossless) step(sums[j], fields, counts, x);
-        else if constexpr (F::kFlush == 0) dot<kPieces>(sums[j], fields, 0, x);
-        else grouped(sums[j], fields, x, coded(stream, j), reads.input + first, width_log2);
+        if constexpr (F::kLossless)  // the aligned weights' product: the base's is subtracted at the end
+          dot(sums[j], x, [&](int i, int r) { return uncounted(counts[i][r] + fields.field(i, r)); });
+        else if constexpr (F::kFlush == 0)
+          dot(sums[j], x, [&](int i, int r) { return fields.code(i, r); });
+        else
+          grouped(sums[j], fields, x, coded(stream, j), reads.input + first, width_log2);
       }
     }
   }
@@ -174,57 +187,57 @@ struct Block {
     for (int m = 0; m < kTiles; ++m) multiply_add(sum[m], a, &x[i / 2][m][i % 2 * 2]);
   }
 
-  template <int kCount>
-  static ALIGNVEC_DEVICE void dot(float (&sum)[kTiles][4], const Fields<F::kBits>& fields, int first,
-                                  const X& x) {
+  static ALIGNVEC_DEVICE void add(float (&sum)[kTiles][4], const float (&part)[kTiles][4]) {
 #pragma unroll
-    for (int i = first; i < first + kCount; ++i) {
-      const uint32_t a[4] = {fields.code(i, 0), fields.code(i, 1), fields.code(i, 2), fields.code(i, 3)};
-      multiply_piece(sum, a, x, i);
-    }
+    for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+      for (int r = 0; r < 4; ++r) sum[m][r] += part[m][r];
   }
 
-  // The aligned weights' product: the base's is subtracted at the end.
-  static ALIGNVEC_DEVICE void step(float (&sum)[kTiles][4], const Fields<F::kBits>& fields,
-                                   const uint32_t (&counts)[F::kLossless ? kPieces : 1][4],
-                                   const X& x) {
+  // Of all pieces. Every other one goes to a sum of its own: products that wait for each other's sums are half as many.
+  template <class A>
+  static ALIGNVEC_DEVICE void dot(float (&sum)[kTiles][4], const X& x, const A& operand) {
+    float odd[kTiles][4];
+    clear(odd);
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
       uint32_t a[4];
 #pragma unroll
-      for (int r = 0; r < 4; ++r) a[r] = uncounted(counts[i][r] + fields.field(i, r));
-      multiply_piece(sum, a, x, i);
+      for (int r = 0; r < 4; ++r) a[r] = operand(i, r);
+      multiply_piece(i % 2 ? odd : sum, a, x, i);
     }
+    add(sum, odd);
   }
 
   // Scales of groups of kFlush planes or more meet the sum of every kFlush planes.
   ALIGNVEC_DEVICE void grouped(float (&sum)[kTiles][4], const Fields<F::kBits>& fields,
                                const X& x, const Vector& vector, int input, int width_log2) const {
     constexpr int kFlush = F::kFlush ? F::kFlush : 1;
+    const auto* scales = static_cast<const uint16_t*>(vector.scales);
     float scale[kPieces / kFlush][2];
-    const int64_t rows[2] = {ring.row(16 * tile + g), ring.row(16 * tile + g + 8)};
 #pragma unroll
-    for (int i = 0; i < kPieces / kFlush; ++i) {
-      const int group = (input + ((i * kFlush) << width_log2)) >> vector.group_log2;
+    for (int half = 0; half < 2; ++half)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) scale[i][half] = scale_of(vector, rows[half], group);
-    }
+      for (int i = 0; i < kPieces / kFlush; ++i) {
+        const int group = (input + (i * kFlush << width_log2)) >> vector.group_log2;
+        // Scales are less than 2^31: an address is one multiplication.
+        const uint32_t at = rows[half] * vector.groups + (group < vector.groups ? group : vector.groups - 1);
+        scale[i][half] = to_float(scales[at]);
+      }
 #pragma unroll
     for (int i = 0; i < kPieces; i += kFlush) {
       float part[kTiles][4];
       clear(part);
-      dot<kFlush>(part, fields, i, x);
+#pragma unroll
+      for (int piece = i; piece < i + kFlush; ++piece) {
+        const uint32_t a[4] = {fields.code(piece, 0), fields.code(piece, 1), fields.code(piece, 2), fields.code(piece, 3)};
+        multiply_piece(part, a, x, piece);
+      }
 #pragma unroll
       for (int m = 0; m < kTiles; ++m)
 #pragma unroll
         for (int r = 0; r < 4; ++r) sum[m][r] += scale[i / kFlush][r / 2] * part[m][r];
     }
-  }
-
-  static ALIGNVEC_DEVICE float scale_of(const Vector& vector, int64_t row, int group) {
-    const int64_t at = row * vector.groups + (group < vector.groups ? group : vector.groups - 1);
-    if (vector.wide_scales) return static_cast<const float*>(vector.scales)[at];
-    return to_float(static_cast<const uint16_t*>(vector.scales)[at]);
   }
 
   // Sum r of a fragment is that of output g + 8 (r / 2) and token 2 t + r % 2.
@@ -244,17 +257,13 @@ struct Block {
             if (F::kLossless) edit -= base[m][r];
             else edit *= Fields<F::kBits>::code_unit();
             if (!F::kLossless && F::kFlush == 0)
-              edit *= scale_of(coded(stream, j), ring.row(16 * tile + g + r / 2 * 8), 0);
+              edit *= read(coded(stream, j).scales, coded(stream, j).wide_scales, rows[r / 2]);
             total[m][r] += mix.coefficient[mix.order[stream.first + j]][token] * edit;
           }
         }
       }
   }
 };
-
-ALIGNVEC_DEVICE float read(const void* values, bool wide, int64_t at) {
-  return wide ? static_cast<const float*>(values)[at] : to_float(static_cast<const uint16_t*>(values)[at]);
-}
 
 // kTiles: tiles of 8 tokens, and of 16 outputs in a block: x is as much again of what a block reads for every 8 tokens.
 template <class F, int kTiles>

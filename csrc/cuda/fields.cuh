@@ -12,6 +12,7 @@ namespace alignvec::cuda {
 // Tables of three bits, for the compiler makes two steps of an expression with two constants.
 constexpr int kAndXor = (0xF0 & 0xCC) ^ 0xAA;
 constexpr int kXorWhere = ((0xF0 ^ 0xCC) & 0xAA) | (~0xF0 & ~0xAA & 0xFF);  // c ? a ^ b : ~a
+constexpr int kXorNotOr = 0xF0 ^ ((~0xCC & 0xFF) | 0xAA);                     // a ^ (~b | c)
 
 constexpr int kPieces = 8;  // of 16 inputs and one plane each, that a warp takes from a stage
 
@@ -81,7 +82,7 @@ ALIGNVEC_DEVICE uint32_t counted(uint32_t pair) {
 }
 
 ALIGNVEC_DEVICE uint32_t uncounted(uint32_t count) {
-  return count ^ (~signs(count) | 0x80008000u);  // the top bit goes back; those below it turn over in negative numbers
+  return logic<kXorNotOr>(count, signs(count), 0x80008000u);  // the top bit back, those below it where it says negative
 }
 
 }  // namespace alignvec::cuda

@@ -15,7 +15,7 @@ Device device_facts() {
 }
 
 const char* start(const Plan& plan, void* stream, bool dependent) {
-  const Kernel kernel = kernel_of(plan.format, plan.tiles);
+  const Kernel kernel = kernel_of(plan.format, plan.tiles, plan.vectors);
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
   if (error != cudaSuccess) return cudaGetErrorString(error);
   cudaLaunchAttribute attribute{};

@@ -21,7 +21,7 @@ struct Device {
 
 struct Plan {
   Format format;
-  int tiles, blocks, threads, shared_bytes;
+  int tiles, vectors, blocks, threads, shared_bytes;  // tiles of 8 tokens; vectors in a stream at most
   Launch launch;
 };
 
@@ -91,7 +91,7 @@ inline std::vector<Plan> plan(const Launch& call, const std::vector<Entry>& laye
     for (const Entry& layer : layers)
       if (formats_of(layer)[number]) having.push_back(&layer);
     for (size_t first = 0; first < having.size(); first += kMaxEntries) {
-      Plan p{format, tiles, 0, 32 * kWarps * tiles, 0, call};
+      Plan p{format, tiles, kStreamVectors, 0, 32 * kWarps * tiles, 0, call};
       p.launch.entries = static_cast<int>(std::min<size_t>(kMaxEntries, having.size() - first));
       int coded = 0;
       for (int i = 0; i < p.launch.entries; ++i) {
@@ -100,7 +100,8 @@ inline std::vector<Plan> plan(const Launch& call, const std::vector<Entry>& laye
         p.blocks += (entry.out_features + rows - 1) / rows;
         coded = std::max<int>(coded, entry.coded);
       }
-      const int words = std::min(coded, kStreamVectors) * rows * word_pitch(bits_of(format));
+      if (coded > kStreamVectors) p.vectors = stream_vectors(format, call.tokens);
+      const int words = std::min(coded, p.vectors) * rows * word_pitch(bits_of(format));
       const int fixed = (sizeof(Mix) + 15) / 16 * 16;
       p.launch.stage_bytes = (rows + call.tokens) * kPitch + words;
       p.launch.stages = stages ? stages : stages_for(p.blocks, p.launch.stage_bytes, fixed, device);

@@ -30,7 +30,7 @@ struct Ring {
     return stage(slot) + kX + launch.tokens * kPitch + vector * kWords;
   }
   // A row of the layer; for outputs past the last one that one, and the results are dropped.
-  ALIGNVEC_DEVICE int64_t row(int r) const {
+  ALIGNVEC_DEVICE int row(int r) const {
     const int n = first_row + r;
     return n < entry.out_features ? n : entry.out_features - 1;
   }

@@ -4,11 +4,12 @@
 namespace alignvec::cuda {
 
 namespace {
-template <int kFlush>
-using Signs = Storage<1, kFlush, false, kStreamVectors>;
+template <int kFlush, int kVectors = kStreamVectors>
+using Signs = Storage<1, kFlush, false, kVectors>;
 }  // namespace
 
-Kernel sign_kernel(int flush, int tiles) {
+Kernel sign_kernel(int flush, int tiles, int vectors) {
+  if (vectors == kManySigns) return decode_kernel<Signs<0, kManySigns>, 1>;
   return flush == 0 ? kernel_for<Signs<0>>(tiles) : flush == 1 ? kernel_for<Signs<1>>(tiles) : kernel_for<Signs<2>>(tiles);
 }
 

@@ -40,6 +40,7 @@ CASES = [Case(m, 33, 152, 3, format=name, rows=rows) for name in FORMATS for m, 
 CASES += [Case(2, 17, 2312, 3, format=name, rows=2) for name in FORMATS]  # several stages and chunks, the last in part
 CASES += [Case(5, 20, 72, k, format=name, bias=True) for name in FORMATS for k in (1, 8)]
 CASES += [Case(m, 16, 136, 2, format="int4:32", rows="random") for m in (1, 7, 8, 9, 16)]
+CASES += [Case(m, 20, 2312, 11, format="sign:row", rows=m) for m in (4, 5)]  # eight in a stream, or four
 CASES += [
     Case(1, 40, 520, 0),
     Case(16, 40, 520, 0, bias=True),

@@ -15,6 +15,7 @@ namespace alignvec::emulator {
 namespace {
 
 constexpr int kStack = 1 << 17;
+constexpr int kGuard = 4096;  // bytes behind shared memory that nothing may write
 
 struct Copy {
   unsigned char* to;
@@ -41,7 +42,7 @@ struct Machine {
   const std::function<void()>* kernel;
   jmp_buf scheduler;
   ucontext_t home;
-  int running, threads, block, arrived, turn;
+  int running, threads, block, shared_bytes, arrived, turn;
   bool moved;  // some thread got further in this round
 };
 
@@ -77,7 +78,7 @@ void resume(Fiber& next) {
 void run_block(int block, bool backwards) {
   machine.block = block;
   machine.arrived = machine.turn = 0;
-  std::memset(machine.shared.data(), 0xFF, machine.shared.size());
+  std::memset(machine.memory, 0xFF, machine.shared_bytes + kGuard);
   for (Warp& warp : machine.warps) warp.arrived = warp.turn = 0;
   for (Fiber& each : machine.fibers) {
     each.started = each.done = false;
@@ -96,6 +97,11 @@ void run_block(int block, bool backwards) {
       std::abort();
     }
   }
+  for (int i = 0; i < kGuard; ++i)
+    if (machine.memory[machine.shared_bytes + i] != 0xFF) {
+      std::fprintf(stderr, "emulator: block %d wrote behind its shared memory\n", block);
+      std::abort();
+    }
 }
 
 }  // namespace
@@ -130,7 +136,7 @@ const unsigned char* exchange(const void* mine, int size) {
 
 void copy_16(void* shared, const void* global, bool there) {
   auto* to = static_cast<unsigned char*>(shared);
-  const bool inside = to >= machine.memory && to + 16 <= machine.shared.data() + machine.shared.size();
+  const bool inside = to >= machine.memory && to + 16 <= machine.memory + machine.shared_bytes;
   const auto address = reinterpret_cast<uintptr_t>(shared) | (there ? reinterpret_cast<uintptr_t>(global) : 0);
   if (!inside || address % 16) {
     std::fprintf(stderr, "emulator: a copy %s\n", inside ? "that is not aligned" : "outside of shared memory");
@@ -156,7 +162,8 @@ void run(int blocks, int threads, int shared, bool backwards, const std::functio
   machine.kernel = &kernel;
   if (static_cast<int>(machine.fibers.size()) < threads) machine.fibers.resize(threads);
   machine.warps.resize((threads + 31) / 32);
-  machine.shared.resize(shared + 16);
+  machine.shared_bytes = shared;
+  machine.shared.resize(shared + kGuard + 16);
   machine.memory = machine.shared.data() + (16 - reinterpret_cast<uintptr_t>(machine.shared.data()) % 16) % 16;
   for (int block = 0; block < blocks; ++block) run_block(block, backwards);
 }
