@@ -41,6 +41,7 @@ compiled.load("cpu")
 
 DTYPES = (torch.float32, torch.bfloat16)
 KINDS = {"dense": 0, "codes": 1, "lossless": 2, "sparse": 3, "low-rank": 4}
+ZERO = 5  # a vector that leaves a weight alone: one zero, expanded
 EXECUTIONS = {"auto": 0, "split": 1, "combine": 2, "materialise": 2}  # a mix is never kept here
 
 
@@ -61,9 +62,7 @@ def linear(
     """`kernels.eager.linear`, compiled: x [tokens, in], weight [out, in] -> [tokens, out]."""
     shared = (columns, table, rows, token_rows)
     if weight.dtype != x.dtype or not _compiled(x, weight, bias, bias_deltas, operands=operands):
-        return eager.linear(
-            x, weight, bias, operands, bias_deltas, *shared, execution=execution, precision=precision
-        )
+        return eager.linear(x, weight, bias, operands, bias_deltas, *shared, execution=execution, precision=precision)
     y = x.new_empty(x.shape[0], weight.shape[0])
     how = (EXECUTIONS[execution], precision == "merged")
     torch.ops.alignvec.cpu_linear(x, weight, bias, *_layout(operands), bias_deltas, *shared, *how, y)
@@ -153,11 +152,21 @@ def _compiled(*tensors: Tensor | None, operands: Sequence[Operand] = ()) -> bool
     rows = [t for t in tensors if t is not None]
     for operand in operands:
         if operand.kind != "codes":
-            rows += [part for part in operand.parts if part.is_floating_point()]
+            rows += [part for part in operand.parts if part.is_floating_point() and not _is_zero(operand)]
     return all(t.dtype in DTYPES and (t.dim() == 0 or t.stride(-1) == 1 or t.shape[-1] < 2) for t in rows)
+
+
+def _is_zero(operand: Operand) -> bool:
+    values = operand.parts[0]
+    return operand.kind == "dense" and values.stride() == (0, 0) and values.numel() > 0 and not values[0, 0].item()
 
 
 def _layout(operands: Sequence[Operand]) -> tuple[list[int], list[Tensor]]:
     """Four numbers an operand, and the tensors of all: what the operators' schemas carry."""
-    layout = [number for o in operands for number in (KINDS[o.kind], o.bits, o.width, o.group)]
-    return layout, [part for operand in operands for part in operand.parts]
+    layout: list[int] = []
+    parts: list[Tensor] = []
+    for operand in operands:
+        zero = _is_zero(operand)
+        layout += (ZERO if zero else KINDS[operand.kind], operand.bits, operand.width, operand.group)
+        parts += () if zero else operand.parts
+    return layout, parts

@@ -91,6 +91,10 @@ void product(const uint16_t* high, const uint16_t* low, int64_t stride, const In
 }
 
 }  // namespace
+}  // namespace alignvec
+ALIGNVEC_TARGET_END
+
+namespace alignvec {
 
 Kernels amx_kernels() {
   Kernels made = avx512_bf16_kernels;
@@ -100,5 +104,4 @@ Kernels amx_kernels() {
 }
 
 }  // namespace alignvec
-ALIGNVEC_TARGET_END
 #endif

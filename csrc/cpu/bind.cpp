@@ -1,6 +1,6 @@
 // The kernels as operators of torch, by its stable ABI: one binary for torch 2.10 and later, any Python.
-// Schemas are defined in Python (alignvec/compiled/cpu.py), which has checked what it passes; sizes are checked here again,
-// as a wrong one would be read out of bounds.
+// Schemas are defined in Python (alignvec/compiled/cpu.py), which has checked what it passes; sizes are checked here
+// again, as a wrong one would be read out of bounds.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -37,8 +37,8 @@ Matrix matrix(const Tensor& t, const char* name) {
 }
 
 Matrix matrix(const Tensor& t, int64_t rows, int64_t columns, const char* name) {
-  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, name, ": it must be [", rows, ", ", columns,
-                  "]");
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, name, ": it must be [", rows, ", ",
+                  columns, "]");
   return matrix(t, name);
 }
 
@@ -122,11 +122,13 @@ std::vector<Operand> operands(const std::vector<int64_t>& layout, const std::vec
       const Tensor &start = next(), &values = next();
       operand.values = matrix(values, "values");
       operand.start = starts(start, out, values.numel());
-    } else {
+    } else if (operand.kind == Kind::low_rank) {
       const Tensor &a = next(), &b = next();
       operand.rank = a.size(0);
       operand.values = matrix(a, operand.rank, in, "A");
       operand.factor = matrix(b, out, operand.rank, "B");
+    } else {
+      STD_TORCH_CHECK(operand.kind == Kind::zero, "layout: there is no kind ", layout[i]);
     }
     made.push_back(operand);
   }
@@ -157,8 +159,8 @@ Table table_of(const Tensor& table, const Tensor& rows, const Tensor& columns, c
   if (token_rows.has_value()) {
     made.token_rows = integers(*token_rows, tokens, "token_rows");
     for (int64_t m = 0; m < tokens; ++m)
-      STD_TORCH_CHECK(made.token_rows[m] >= 0 && made.token_rows[m] < table.size(0), "token_rows: the table has no row ",
-                      made.token_rows[m]);
+      STD_TORCH_CHECK(made.token_rows[m] >= 0 && made.token_rows[m] < table.size(0),
+                      "token_rows: the table has no row ", made.token_rows[m]);
   }
   return made;
 }

@@ -1,4 +1,5 @@
-// The coefficients of every token, by the row rule of kernels/reference.py, and the stretches of tokens that share a mix.
+// The coefficients of every token, by the row rule of kernels/reference.py, and the stretches of tokens that share a
+// mix.
 #pragma once
 
 #include <cstdint>
@@ -23,9 +24,9 @@ struct Run {
 
 struct Coefficients {
   int64_t vectors = 0;
-  std::vector<float> values;   // [tokens, vectors]
-  std::vector<int64_t> used;   // vectors that some token takes
-  std::vector<Run> runs;       // empty where the rows do not divide the tokens
+  std::vector<float> values;  // [tokens, vectors]
+  std::vector<int64_t> used;  // vectors that some token takes
+  std::vector<Run> runs;      // empty where the rows do not divide the tokens
 
   const float* of(int64_t token) const { return values.data() + token * vectors; }
 };

@@ -1,5 +1,5 @@
-// Sums over the inputs in float32: dots[r][m] = sum_k x[m][k] delta[r][k], one output row's delta at a time in registers.
-// Reads each row of the operand once for a tile of tokens; decoded values never leave registers.
+// Sums over the inputs in float32: dots[r][m] = sum_k x[m][k] delta[r][k], one output row's delta at a time in
+// registers. Reads each row of the operand once for a tile of tokens; decoded values never leave registers.
 #pragma once
 
 #include "lanes.h"
@@ -17,7 +17,9 @@ struct Tile {
   }
 
   ALIGNVEC_INLINE void write(float* sums) const {
-    unroll<R>([&](int r) ALIGNVEC_BODY { unroll<M>([&](int m) ALIGNVEC_BODY { sums[r * TILE_TOKENS + m] = Sum<N>::of(sum[r][m]); }); });
+    unroll<R>([&](int r) ALIGNVEC_BODY {
+      unroll<M>([&](int m) ALIGNVEC_BODY { sums[r * TILE_TOKENS + m] = Sum<N>::of(sum[r][m]); });
+    });
   }
 };
 
@@ -27,7 +29,8 @@ ALIGNVEC_INLINE int64_t clamped(int64_t n, const Operand& operand) { return n < 
 template <int N, int R, int M, typename T>
 void dots_dense(const Operand& operand, int64_t n0, const float* x, int64_t stride, float* sums) {
   const T* rows[R];
-  unroll<R>([&](int r) ALIGNVEC_BODY { rows[r] = reinterpret_cast<const T*>(operand.values.row(clamped(n0 + r, operand))); });
+  unroll<R>([&](int r)
+                ALIGNVEC_BODY { rows[r] = reinterpret_cast<const T*>(operand.values.row(clamped(n0 + r, operand))); });
   Tile<N, R, M> tile;
   tile.clear();
   int64_t k = 0;
@@ -167,13 +170,14 @@ void dots_tile(const Operand& operand, const Matrix& weight, int64_t n0, const f
       return wide ? dots_sparse<N, R, M, float>(operand, n0, x, stride, sums)
                   : dots_sparse<N, R, M, uint16_t>(operand, n0, x, stride, sums);
     case Kind::low_rank:
+    case Kind::zero:
       return;
   }
 }
 
 template <int N>
-void dots_f32(const Operand& operand, const Matrix& weight, int64_t n0, const Inputs& x, int64_t m0, int tokens,
-              Ahead&, float* sums) {
+void dots_f32(const Operand& operand, const Matrix& weight, int64_t n0, const Inputs& x, int64_t m0, int tokens, Ahead&,
+              float* sums) {
   const float* first = x.f32 + m0 * x.stride;
   if (tokens == 1) return dots_tile<N, TILE_ROWS, 1>(operand, weight, n0, first, x.stride, sums);
   dots_tile<N, TILE_ROWS, TILE_TOKENS>(operand, weight, n0, first, x.stride, sums);

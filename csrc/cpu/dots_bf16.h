@@ -1,8 +1,8 @@
 // Sums over the inputs of bf16 activations by vdpbf16ps, which adds two products to each float32 sum: exact products,
 // twice the rate of float32. Stored integers become bf16 values in two instructions for 32 of them.
 //
-// Words of a chunk hold one input of every plane. A 32-bit lane takes the inputs of planes 2q and 2q + 1 at its word, so
-// that activations are read "in pairs": x[j], x[width + j] side by side for each j < width of every 2 width inputs.
+// Words of a chunk hold one input of every plane. A 32-bit lane takes the inputs of planes 2q and 2q + 1 at its word,
+// so that activations are read "in pairs": x[j], x[width + j] side by side for each j < width of every 2 width inputs.
 #pragma once
 
 #include <immintrin.h>
@@ -31,7 +31,9 @@ struct TileBf16 {
   }
 
   ALIGNVEC_INLINE void write(float* sums) const {
-    unroll<R>([&](int r) ALIGNVEC_BODY { unroll<M>([&](int m) ALIGNVEC_BODY { sums[r * TILE_TOKENS + m] = Sum<16>::of(bits_of<F<16>>(sum[r][m])); }); });
+    unroll<R>([&](int r) ALIGNVEC_BODY {
+      unroll<M>([&](int m) ALIGNVEC_BODY { sums[r * TILE_TOKENS + m] = Sum<16>::of(bits_of<F<16>>(sum[r][m])); });
+    });
   }
 };
 
@@ -43,7 +45,9 @@ ALIGNVEC_INLINE void load_inputs(const uint16_t* x, int64_t stride, Bits* xs) {
 template <int R, int M>
 void dots_dense_bf16(const Operand& operand, int64_t n0, const uint16_t* x, int64_t stride, float* sums) {
   const uint16_t* rows[R];
-  unroll<R>([&](int r) ALIGNVEC_BODY { rows[r] = reinterpret_cast<const uint16_t*>(operand.values.row(clamped(n0 + r, operand))); });
+  unroll<R>([&](int r) ALIGNVEC_BODY {
+    rows[r] = reinterpret_cast<const uint16_t*>(operand.values.row(clamped(n0 + r, operand)));
+  });
   TileBf16<R, M> tile;
   tile.clear();
   Bits xs[M];
@@ -60,8 +64,8 @@ void dots_dense_bf16(const Operand& operand, int64_t n0, const uint16_t* x, int6
   tile.write(sums);
 }
 
-// Of 8 bytes that _mm512_multishift_epi64_epi8 picks from a pair of words: bytes 0 and 2 of each word (with `byte` 1 its
-// bytes 1 and 3) become the 8 bits from `first` and `second` on.
+// Of 8 bytes that _mm512_multishift_epi64_epi8 picks from a pair of words: bytes 0 and 2 of each word (with `byte` 1
+// its bytes 1 and 3) become the 8 bits from `first` and `second` on.
 constexpr int64_t pick(int first, int second, int byte) {
   uint64_t control = 0;
   for (int word = 0; word < 2; ++word) {
@@ -91,8 +95,8 @@ struct Integers {
   constexpr Integers() : controls(), tables() {
     for (int part = 0; part < PARTS; ++part) {
       for (int q = 0; q < PAIRS; ++q)
-        controls[q][part] = BITS == 1 ? pick(2 * q - 7, 2 * q - 6, 1)
-                                      : pick(2 * q * BITS + 4 * part, (2 * q + 1) * BITS + 4 * part, 0);
+        controls[q][part] =
+            BITS == 1 ? pick(2 * q - 7, 2 * q - 6, 1) : pick(2 * q * BITS + 4 * part, (2 * q + 1) * BITS + 4 * part, 0);
       for (int i = 0; i < 32; ++i)  // an index has 5 bits, of which the last is noise
         tables[part][i] = BITS == 4 ? integer_bf16(i % 16 - 8) : integer_bf16(part == 0 ? i % 16 : 16 * (i % 16 - 8));
     }
@@ -144,22 +148,21 @@ void dots_planes_bf16(const Operand& operand, int64_t n0, const uint16_t* x, int
       const __m512 scale = _mm512_set1_ps(operand.scales.dtype == DType::f32
                                               ? reinterpret_cast<const float*>(scales[r])[g]
                                               : widen_one(reinterpret_cast<const uint16_t*>(scales[r])[g]));
-      unroll<M>([&](int m) ALIGNVEC_BODY { total.sum[r][m] = _mm512_fmadd_ps(scale, tile.sum[r][m], total.sum[r][m]); });
+      unroll<M>([&](int m)
+                    ALIGNVEC_BODY { total.sum[r][m] = _mm512_fmadd_ps(scale, tile.sum[r][m], total.sum[r][m]); });
     });
   }
   total.write(sums);
 }
 
 template <int R, int M, int BITS>
-void dots_codes_bf16(const Operand& operand, int64_t n0, const uint16_t* x, int64_t stride, Ahead& ahead,
-                     float* sums) {
+void dots_codes_bf16(const Operand& operand, int64_t n0, const uint16_t* x, int64_t stride, Ahead& ahead, float* sums) {
   if (operand.width == 64) return dots_planes_bf16<R, M, BITS, 64>(operand, n0, x, stride, ahead, sums);
   dots_planes_bf16<R, M, BITS, 0>(operand, n0, x, stride, ahead, sums);
 }
 
 template <int R, int M>
-void dots_codes_bf16(const Operand& operand, int64_t n0, const uint16_t* x, int64_t stride, Ahead& ahead,
-                     float* sums) {
+void dots_codes_bf16(const Operand& operand, int64_t n0, const uint16_t* x, int64_t stride, Ahead& ahead, float* sums) {
   if (operand.bits == 1) return dots_codes_bf16<R, M, 1>(operand, n0, x, stride, ahead, sums);
   if (operand.bits == 4) return dots_codes_bf16<R, M, 4>(operand, n0, x, stride, ahead, sums);
   dots_codes_bf16<R, M, 8>(operand, n0, x, stride, ahead, sums);
@@ -256,10 +259,9 @@ inline bool reads_bf16(const Operand& operand) {
 }
 
 template <int R, int M>
-void dots_tile_bf16(const Operand& operand, const Matrix& weight, int64_t n0, const Inputs& x, int64_t m0,
-                    Ahead& ahead, float* sums) {
-  if (operand.kind == Kind::dense)
-    return dots_dense_bf16<R, M>(operand, n0, x.bf16 + m0 * x.stride, x.stride, sums);
+void dots_tile_bf16(const Operand& operand, const Matrix& weight, int64_t n0, const Inputs& x, int64_t m0, Ahead& ahead,
+                    float* sums) {
+  if (operand.kind == Kind::dense) return dots_dense_bf16<R, M>(operand, n0, x.bf16 + m0 * x.stride, x.stride, sums);
   if (operand.kind == Kind::sparse) {
     for (int r = 0; r < R && n0 + r < operand.out; ++r)
       dots_sparse_bf16<M>(operand, n0 + r, x.bf16 + m0 * x.stride, x.stride, sums + r * TILE_TOKENS);
@@ -272,7 +274,8 @@ void dots_tile_bf16(const Operand& operand, const Matrix& weight, int64_t n0, co
   }
   const uint16_t* paired = x.paired[paired_index(operand.width)] + m0 * x.stride;
   if (operand.groups > 1 && M > 1) {  // a group's sums and the row's are in registers together
-    for (int r = 0; r < R; r += 2) dots_codes_bf16<2, M>(operand, n0 + r, paired, x.stride, ahead, sums + r * TILE_TOKENS);
+    for (int r = 0; r < R; r += 2)
+      dots_codes_bf16<2, M>(operand, n0 + r, paired, x.stride, ahead, sums + r * TILE_TOKENS);
     return;
   }
   dots_codes_bf16<R, M>(operand, n0, paired, x.stride, ahead, sums);

@@ -41,7 +41,8 @@ PaddedInputs::PaddedInputs(const Kernels& kernels, const Matrix& x, int64_t toke
       for (int i = 0; i < 3; ++i)
         if (paired[i]) pair_up(bf16_.data() + m * stride, stride, 16 << i, paired_[i].data() + m * stride);
       for (int64_t pair = 0; tiles && pair < stride / 2; ++pair)
-        std::memcpy(tiles_.data() + (m / 16 * (stride / 2) + pair) * 16 + m % 16, bf16_.data() + m * stride + 2 * pair, 4);
+        std::memcpy(tiles_.data() + (m / 16 * (stride / 2) + pair) * 16 + m % 16, bf16_.data() + m * stride + 2 * pair,
+                    4);
     }
   });
   inputs_.tiles = tiles ? tiles_.data() : nullptr;

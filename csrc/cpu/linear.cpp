@@ -8,8 +8,8 @@
 namespace alignvec {
 namespace {
 
-// Whether forming a mix pays for `tokens` that share one, as measured on Zen 5: it spares a product for each of k vectors, and
-// held as a pair of bf16 numbers it takes one more itself.
+// Whether forming a mix pays for `tokens` that share one, as measured on Zen 5: it spares a product for each of k
+// vectors, and held as a pair of bf16 numbers it takes one more itself.
 bool combining_pays(int64_t tokens, int64_t k, bool pair) {
   return pair ? tokens * (k - 1) >= 10 * k : tokens * k >= 16;
 }
@@ -52,7 +52,8 @@ struct Factor {
   Inputs x;
 };
 
-// Rows of one mix: float32, or where kernels read bf16 activations its upper half and, unless it is to be rounded, the rest.
+// Rows of one mix: float32, or where kernels read bf16 activations its upper half and, unless it is to be rounded, the
+// rest.
 struct Mix {
   Mix(const Inputs& x, bool rounded, DType weight)
       : stride(x.stride), rounds(rounded && weight == DType::bf16), values(static_cast<size_t>(stride)) {
@@ -96,7 +97,10 @@ struct Mix {
 class Call {
  public:
   Call(const Linear& call, Loop loop)
-      : call_(call), loop_(loop), kernels_(kernels()), base_(dense_operand(call.weight, call.out, call.in)),
+      : call_(call),
+        loop_(loop),
+        kernels_(kernels()),
+        base_(dense_operand(call.weight, call.out, call.in)),
         c_(coefficients(call.table, call.tokens)) {}
 
   void run() {
@@ -164,7 +168,7 @@ std::vector<Operand> readers(const Linear& call, const Coefficients& c, const Op
     const Operand& own = call.operands[static_cast<size_t>(i)];
     if (own.kind == Kind::low_rank) {
       made.push_back(dense_operand(own.values, own.rank, own.in));
-    } else if (all) {
+    } else if (all && own.kind != Kind::zero) {
       made.push_back(own);
     }
   }
@@ -197,7 +201,11 @@ void Call::run_split() {
         for (int64_t r = 0; biased && r < rows; ++r)
           for (int64_t j = 0; j < tokens; ++j) total[r * TILE_TOKENS + j] += value_of(call_.bias, 0, n + r);
         for (const Factor& factor : vectors) {
-          kernels_.dots(factor.operand, call_.weight, n, factor.x, m, tile, ahead, sums);
+          if (factor.operand.kind == Kind::zero) {
+            std::memset(sums, 0, sizeof(sums));  // its bias may still be edited
+          } else {
+            kernels_.dots(factor.operand, call_.weight, n, factor.x, m, tile, ahead, sums);
+          }
           for (int64_t r = 0; r < rows; ++r) {
             const float bias = edited ? value_of(call_.bias_deltas, factor.vector, n + r) : 0.0f;
             for (int64_t j = 0; j < tokens; ++j)
@@ -211,16 +219,16 @@ void Call::run_split() {
   });
 }
 
-// The mix of a few rows at a time, in cache, for each run of tokens that share it. Low-rank vectors stay out of it, unless
-// it is rounded: their own products are cheaper.
+// The mix of a few rows at a time, in cache, for each run of tokens that share it. Low-rank vectors stay out of it,
+// unless it is rounded: their own products are cheaper.
 void Call::run_combine() {
   Operand mixed = base_;
   mixed.values.dtype = call_.x.dtype;
   std::vector<Operand> reading = readers(call_, c_, base_, false);
   reading[0] = mixed;
   if (call_.merged) reading.resize(1);
-  const PaddedInputs padded(kernels_, call_.x, call_.tokens, call_.in, pointers(reading),
-                            kernels_.product != nullptr, loop_);
+  const PaddedInputs padded(kernels_, call_.x, call_.tokens, call_.in, pointers(reading), kernels_.product != nullptr,
+                            loop_);
   const std::vector<Factor> narrow = call_.merged ? std::vector<Factor>() : factors(padded.view(), true);
   const int64_t tiles = std::clamp<int64_t>(MIX_BYTES / (call_.in * 4) / TILE_ROWS, 1, MIX_ROWS / TILE_ROWS);
   const int64_t block = kernels_.product != nullptr ? MIX_ROWS : tiles * TILE_ROWS;

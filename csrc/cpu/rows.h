@@ -55,9 +55,9 @@ void add_codes(const Operand& operand, int64_t n, float c, float* mix) {
   for (int64_t g = 0; g < operand.groups; ++g) {
     const int64_t first = g * operand.group;
     const int64_t last = operand.in - first < operand.group ? operand.in : first + operand.group;
-    const float scale = c * (operand.scales.dtype == DType::f32
-                                 ? reinterpret_cast<const float*>(scales)[g]
-                                 : widen_one(reinterpret_cast<const uint16_t*>(scales)[g]));
+    const float scale =
+        c * (operand.scales.dtype == DType::f32 ? reinterpret_cast<const float*>(scales)[g]
+                                                : widen_one(reinterpret_cast<const uint16_t*>(scales)[g]));
     for (int64_t k0 = first; k0 < last; k0 += operand.width) {
       const int64_t run = k0 / operand.width;
       const int32_t* at = words + run / PLANES * operand.width;
@@ -136,6 +136,8 @@ void add_row(const Operand& operand, const Matrix& weight, int64_t n, float c, f
       return wide ? add_sparse<N, float>(operand, n, c, mix) : add_sparse<N, uint16_t>(operand, n, c, mix);
     case Kind::low_rank:
       return add_low_rank<N>(operand, n, c, mix);
+    case Kind::zero:
+      return;
   }
 }
 

@@ -1,5 +1,6 @@
-// The functions between ALIGNVEC_TARGET_BEGIN and _END are compiled for an instruction set that the CPU may lack: they are
-// reached through the table of their file alone. Standard headers are included before, so that no function of theirs is.
+// The functions between ALIGNVEC_TARGET_BEGIN and _END are compiled for an instruction set that the CPU may lack: they
+// are reached through the table of their file alone. Standard headers are included before, so that no function of
+// theirs is.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,5 @@
-// What the kernels of a CPU take: matrices, operands as kernels/operands.py lays them out, inputs, and the kernels' table.
+// What the kernels of a CPU take: matrices, operands as kernels/operands.py lays them out, inputs, and the kernels'
+// table.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +19,7 @@ struct Matrix {
   const char* row(int64_t n) const { return static_cast<const char*>(data) + n * stride * item_size(dtype); }
 };
 
-enum class Kind { dense, codes, lossless, sparse, low_rank };
+enum class Kind { dense, codes, lossless, sparse, low_rank, zero };
 
 // One vector's delta of a matrix [out, in]; see kernels/operands.py for what each part holds.
 struct Operand {
@@ -47,8 +48,9 @@ inline Operand dense_operand(Matrix values, int64_t out, int64_t in) {
   return operand;
 }
 
-// Activations of all tokens in the layouts that kernels read, rows `stride` values apart and padded with zeros: float32,
-// bf16, and bf16 in pairs (see dots_bf16.h) for planes of 16, 32 and 64 inputs. Layouts that no kernel needs are null.
+// Activations of all tokens in the layouts that kernels read, rows `stride` values apart and padded with zeros:
+// float32, bf16, and bf16 in pairs (see dots_bf16.h) for planes of 16, 32 and 64 inputs. Layouts that no kernel needs
+// are null.
 struct Inputs {
   const float* f32 = nullptr;
   const uint16_t* bf16 = nullptr;
@@ -70,9 +72,9 @@ struct Ahead {
   }
 };
 
-constexpr int TILE_ROWS = 4;    // output rows that one call of `dots` takes
-constexpr int TILE_TOKENS = 4;  // tokens, unless there is one
-constexpr int MIX_ROWS = 32;    // rows of a mix that a product takes
+constexpr int TILE_ROWS = 4;        // output rows that one call of `dots` takes
+constexpr int TILE_TOKENS = 4;      // tokens, unless there is one
+constexpr int MIX_ROWS = 32;        // rows of a mix that a product takes
 constexpr int64_t INPUT_PAD = 128;  // activations are padded to a multiple: two planes of the largest width
 
 // The kernels of one instruction set. `weight` is the base, which lossless deltas are steps from.
@@ -81,11 +83,12 @@ struct Kernels {
   // Whether `dots` reads bf16 activations, where there are any, for this operand: else it reads float32 ones.
   bool (*reads_bf16)(const Operand& operand);
   // sums[r * TILE_TOKENS + m] = sum_k x[m0 + m][k] delta[n0 + r][k] for TILE_ROWS rows, of which those past the last do
-  // not count, and for 1 or TILE_TOKENS tokens. Low-rank deltas are not for it.
+  // not count, and for 1 or TILE_TOKENS tokens. Low-rank deltas and none at all are not for it.
   void (*dots)(const Operand& operand, const Matrix& weight, int64_t n0, const Inputs& x, int64_t m0, int tokens,
                Ahead& ahead, float* sums);
-  // sums[m * MIX_ROWS + r] = sum_k x[m0 + m][k] (high[r][k] + low[r][k]) for MIX_ROWS rows of bf16, `stride` values apart and as
-  // long as padded activations; low may be null, m0 is a multiple of 16. Null where `dots` is all there is.
+  // sums[m * MIX_ROWS + r] = sum_k x[m0 + m][k] (high[r][k] + low[r][k]) for MIX_ROWS rows of bf16, `stride` values
+  // apart and as long as padded activations; low may be null, m0 is a multiple of 16. Null where `dots` is all there
+  // is.
   void (*product)(const uint16_t* high, const uint16_t* low, int64_t stride, const Inputs& x, int64_t m0,
                   int64_t tokens, float* sums);
   // mix[k] = base[n][k], or += c delta[n][k].

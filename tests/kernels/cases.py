@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alignvec import compiled
 from alignvec.kernels import eager, linear, operands
 from alignvec.kernels.configs import Config
 from alignvec.kernels.operands import Operand
@@ -41,12 +42,19 @@ def implementation(name: str) -> Callable[..., Tensor]:
     backend, execution = name.split("-")
     if backend == "torch":
         return lambda *args, **options: eager.linear(*args, execution=execution, **options)
+    if backend == "cpp":
+        from alignvec.compiled import cpu
+
+        return lambda *args, **options: cpu.linear(*args, execution=execution, **options)
     if execution == "split_k":
         return lambda *args, **options: linear.linear(*args, execution="split", config=SPLIT_3, **options)
     return lambda *args, **options: linear.linear(*args, execution=execution, config=TILE, **options)
 
 
 IMPLEMENTATIONS = ("torch-split", "torch-combine", "torch-auto", "triton-split", "triton-split_k", "triton-combine")
+CPP = DEVICE == "cpu" and compiled.reason("cpu") is None
+CPP_IMPLEMENTATIONS = ("cpp-split", "cpp-combine", "cpp-auto") if CPP else ()
+IMPLEMENTATIONS += CPP_IMPLEMENTATIONS
 
 
 @dataclasses.dataclass(frozen=True)

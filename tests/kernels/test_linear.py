@@ -11,6 +11,7 @@ from alignvec.kernels.configs import Config
 from alignvec.kernels.packing import Projection
 from tests.kernels.cases import (
     BF16,
+    CPP_IMPLEMENTATIONS,
     DEVICE,
     FORMATS,
     FP16,
@@ -39,6 +40,8 @@ CASES = [
     Case(10, 70, 150, 3, FP32, rows=5, bias=True),
     Case(33, 40, 65, 16, FP32, delta=BF16, rows="random", bias=True),
     Case(64, 100, 96, 3, rows=2),
+    Case(50, 45, 200, 3, bias=True),
+    Case(50, 45, 200, 3, FP32),
 ]
 FORMAT_CASES = [
     Case(6, 40, 150, k, FP16 if k == rows == 3 else BF16, rows=rows, format=name, bias=rows == 3)
@@ -50,6 +53,8 @@ FORMAT_CASES += [Case(6, 40, 150, 3, FP32, rows=2, format=name) for name in ("in
 FORMAT_CASES += [
     Case(6, 40, 150, 16, delta=FP32, rows=2, format="mixed", bias=True),
     Case(40, 33, 600, 9, format="mixed"),
+    Case(1, 33, 700, 9, format="mixed"),
+    Case(1, 33, 700, 7, FP32, format="mixed"),
 ]
 
 
@@ -162,7 +167,9 @@ def test_integers_are_exact(name, case):
         assert torch.equal(run(*args), reference.linear(*args).to(case.dtype))
 
 
-@pytest.mark.parametrize("name", ["torch-auto", "torch-combine", "triton-combine", "triton-auto"])
+@pytest.mark.parametrize(
+    "name", ["torch-auto", "torch-combine", "triton-combine", "triton-auto", *CPP_IMPLEMENTATIONS[1:]]
+)
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("name_of_format", ["dense", "int4:32", "sparse"])
 def test_merged_is_a_stored_merge(name, dtype, name_of_format):
@@ -179,7 +186,7 @@ def test_merged_is_a_stored_merge(name, dtype, name_of_format):
     assert relative_error(y, reference.linear(*args)) > 1.1 * relative_error(y, truth)
 
 
-@pytest.mark.parametrize("name", ["torch-auto", "torch-combine", "triton-combine"])
+@pytest.mark.parametrize("name", ["torch-auto", "torch-combine", "triton-combine", *CPP_IMPLEMENTATIONS[1:]])
 def test_merged_rounds_the_mix_of_every_row(name):
     """Each row of a mixed batch is what it is alone."""
     x, *layer, rows, token_rows = Case(12, 64, 150, 3, rows=4, bias=True).make()
