@@ -1,6 +1,6 @@
 """The CUDA decode kernels on an emulator of their instructions, through their operator, against the float64 reference.
 
-The emulator poisons shared memory, and what a copy will write from its issue to its wait, with NaN: see csrc/cuda/emulator.
+The emulator poisons shared memory with NaN, and what a copy will write until it is waited for; warps run one by one.
 """
 
 import pytest

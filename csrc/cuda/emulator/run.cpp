@@ -43,7 +43,7 @@ struct Machine {
   jmp_buf scheduler;
   ucontext_t home;
   int running, threads, block, shared_bytes, arrived, turn;
-  bool moved;  // some thread got further in this round
+  bool moved;  // some thread got further
 };
 
 Machine machine;
@@ -84,15 +84,25 @@ void run_block(int block, bool backwards) {
     each.started = each.done = false;
     each.groups.assign(1, {});
   }
+  // A warp runs until all its threads wait for other warps: no two are ever at the same place by chance.
+  const int warps = machine.threads / 32;
   for (bool any = true; any;) {
-    any = machine.moved = false;
-    for (int i = 0; i < machine.threads; ++i) {
-      machine.running = backwards ? machine.threads - 1 - i : i;
-      if (fiber().done) continue;
-      any = true;
-      resume(fiber());
+    any = false;
+    bool stuck = true;
+    for (int w = 0; w < warps; ++w) {
+      do {
+        machine.moved = false;
+        for (int i = 0; i < 32; ++i) {
+          const int thread = w * 32 + i;
+          machine.running = backwards ? machine.threads - 1 - thread : thread;
+          if (fiber().done) continue;
+          any = true;
+          resume(fiber());
+        }
+        stuck = stuck && !machine.moved;
+      } while (machine.moved);
     }
-    if (any && !machine.moved) {
+    if (any && stuck) {
       std::fprintf(stderr, "emulator: threads of block %d wait for ones that never come\n", block);
       std::abort();
     }
