@@ -17,6 +17,16 @@ struct Tile {
   }
 
   ALIGNVEC_INLINE void write(float* sums) const {
+#if defined(ALIGNVEC_AVX512)
+    if constexpr (N == 16) {
+      __m512 own[TILE_ROWS * TILE_TOKENS] = {};
+      unroll<R>([&](int r) ALIGNVEC_BODY {
+        unroll<M>([&](int m) ALIGNVEC_BODY { own[r * TILE_TOKENS + m] = bits_of<__m512>(sum[r][m]); });
+      });
+      _mm512_mask_storeu_ps(sums, static_cast<__mmask16>((1u << (R * TILE_TOKENS)) - 1), sums_of(own));
+      return;
+    }
+#endif
     unroll<R>([&](int r) ALIGNVEC_BODY {
       unroll<M>([&](int m) ALIGNVEC_BODY { sums[r * TILE_TOKENS + m] = Sum<N>::of(sum[r][m]); });
     });

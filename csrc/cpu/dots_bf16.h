@@ -19,20 +19,11 @@ ALIGNVEC_INLINE __m512bh as_bf16(Bits v) { return bits_of<__m512bh>(v); }
 ALIGNVEC_INLINE Bits load_bits(const void* p) { return _mm512_loadu_si512(p); }
 
 template <int R, int M>
-struct TileBf16 {
-  __m512 sum[R][M];
-
-  ALIGNVEC_INLINE void clear() {
-    unroll<R>([&](int r) ALIGNVEC_BODY { unroll<M>([&](int m) ALIGNVEC_BODY { sum[r][m] = _mm512_setzero_ps(); }); });
-  }
-
+struct TileBf16 : Tile<16, R, M> {
   ALIGNVEC_INLINE void add(int r, Bits weights, const Bits* x) {
-    unroll<M>([&](int m) ALIGNVEC_BODY { sum[r][m] = _mm512_dpbf16_ps(sum[r][m], as_bf16(weights), as_bf16(x[m])); });
-  }
-
-  ALIGNVEC_INLINE void write(float* sums) const {
-    unroll<R>([&](int r) ALIGNVEC_BODY {
-      unroll<M>([&](int m) ALIGNVEC_BODY { sums[r * TILE_TOKENS + m] = Sum<16>::of(bits_of<F<16>>(sum[r][m])); });
+    unroll<M>([&](int m) ALIGNVEC_BODY {
+      const __m512 before = bits_of<__m512>(this->sum[r][m]);
+      this->sum[r][m] = bits_of<F<16>>(_mm512_dpbf16_ps(before, as_bf16(weights), as_bf16(x[m])));
     });
   }
 };
@@ -145,11 +136,10 @@ void dots_planes_bf16(const Operand& operand, int64_t n0, const uint16_t* x, int
       if (++q == Integers<BITS>::PAIRS) q = 0, at += width;
     }
     unroll<R>([&](int r) ALIGNVEC_BODY {
-      const __m512 scale = _mm512_set1_ps(operand.scales.dtype == DType::f32
-                                              ? reinterpret_cast<const float*>(scales[r])[g]
+      const float scale =
+          (operand.scales.dtype == DType::f32 ? reinterpret_cast<const float*>(scales[r])[g]
                                               : widen_one(reinterpret_cast<const uint16_t*>(scales[r])[g]));
-      unroll<M>([&](int m)
-                    ALIGNVEC_BODY { total.sum[r][m] = _mm512_fmadd_ps(scale, tile.sum[r][m], total.sum[r][m]); });
+      unroll<M>([&](int m) ALIGNVEC_BODY { total.sum[r][m] += scale * tile.sum[r][m]; });
     });
   }
   total.write(sums);

@@ -129,6 +129,26 @@ struct Sum<2> {
   static ALIGNVEC_INLINE float of(F<2> v) { return v[0] + v[1]; }
 };
 
+#if defined(ALIGNVEC_AVX512)  // the file's target, which the preprocessor does not see
+// The sums of 16 registers' lanes, one a lane: 45 instructions, a third of 16 sums'.
+ALIGNVEC_INLINE __m512 sums_of(const __m512* v) {
+  __m512 pairs[8], quads[4], halves[2];
+  unroll<8>([&](int i) ALIGNVEC_BODY {
+    pairs[i] = _mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]) + _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]);
+  });
+  unroll<4>([&](int i) ALIGNVEC_BODY {
+    const __m512d first = _mm512_castps_pd(pairs[2 * i]), second = _mm512_castps_pd(pairs[2 * i + 1]);
+    quads[i] =
+        _mm512_castpd_ps(_mm512_unpacklo_pd(first, second)) + _mm512_castpd_ps(_mm512_unpackhi_pd(first, second));
+  });
+  unroll<2>([&](int i) ALIGNVEC_BODY {
+    halves[i] = _mm512_shuffle_f32x4(quads[2 * i], quads[2 * i + 1], 0x44) +
+                _mm512_shuffle_f32x4(quads[2 * i], quads[2 * i + 1], 0xEE);
+  });
+  return _mm512_shuffle_f32x4(halves[0], halves[1], 0x88) + _mm512_shuffle_f32x4(halves[0], halves[1], 0xDD);
+}
+#endif
+
 // The next values of a sparse row at the set bits of `mask`, zeros elsewhere; `values` moves past them.
 template <int N>
 struct Spread {
@@ -140,7 +160,7 @@ struct Spread {
   }
 };
 
-#if defined(ALIGNVEC_AVX512)  // the file's target, which the preprocessor does not see
+#if defined(ALIGNVEC_AVX512)
 template <>
 struct Spread<16> {
   static ALIGNVEC_INLINE F<16> packed(__mmask16 few, const float* values) {
