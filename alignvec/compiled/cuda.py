@@ -136,7 +136,7 @@ def decode(
 
     stages: of the ring in shared memory, 2 to 4, or 0 for as many as fit the shape. dependent: the kernel may start
     before the one ahead of it in the stream has ended (programmatic dependent launch, Hopper and later), for whose
-    results it then waits.
+    results it then waits; that one must not write the weights.
     """
     outs = [p.weight.shape[0] for p in projections]
     y = torch.empty(x.shape[0], sum(outs), dtype=x.dtype, device=x.device)

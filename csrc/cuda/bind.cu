@@ -1,5 +1,5 @@
-// The decode kernels as an operator of torch, by its stable ABI. Its schema is defined in alignvec/compiled/cuda.py, whose
-// `serves` says which calls it takes; what would be read out of bounds is checked here again.
+// The decode kernels as an operator of torch, by its stable ABI. Its schema is defined in alignvec/compiled/cuda.py,
+// whose `serves` says which calls it takes; what would be read out of bounds is checked here again.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>

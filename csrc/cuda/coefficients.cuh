@@ -42,7 +42,8 @@ ALIGNVEC_DEVICE void make_mix(Mix& mix, const Launch& launch, const Entry& entry
       if (!mix.tokens_of[i]) continue;
       const Vector& vector = entry.vectors[i];
       // The first coded vectors share the base's stream.
-      const bool alike = last ? last->width_log2 == vector.width_log2 && last->group_log2 == vector.group_log2 : count > 0;
+      const bool alike =
+          last ? last->width_log2 == vector.width_log2 && last->group_log2 == vector.group_log2 : count > 0;
       if (!alike || mix.streams[count - 1].count == kVectors)
         mix.streams[count++] = {kLossless ? entry.weight : nullptr, entry.weight_stride, kNone, listed, 0};
       ++mix.streams[count - 1].count;

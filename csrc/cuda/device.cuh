@@ -37,8 +37,8 @@ ALIGNVEC_DEVICE void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Four matrices of 8 rows of 16 bytes in shared memory; row r of matrix i is where lane 8 i + r says. Lane (g, t) has the
-// t-th four bytes of row g of each.
+// Four matrices of 8 rows of 16 bytes in shared memory; row r of matrix i is where lane 8 i + r says. Lane (g, t) has
+// the t-th four bytes of row g of each.
 ALIGNVEC_DEVICE void load_matrices(uint32_t (&to)[4], const void* row) {
   const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(row));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"

@@ -1,15 +1,15 @@
 // Bit planes as operands of a product: the words of kernels/operands.py become pairs of bfloat16 numbers in registers.
 //
-// A chunk of `width` words holds 32 / bits planes of `width` inputs. A thread takes two pairs of neighbouring words of a
-// row, of each of its planes the inputs of two registers of a fragment. Two words give, a half of each side by side, pairs
-// of neighbouring inputs for all planes at once; a plane is then a shift and a mask.
+// A chunk of `width` words holds 32 / bits planes of `width` inputs. A thread takes two pairs of neighbouring words of
+// a row: in every plane, the inputs of two registers of a fragment. The lower halves of a pair, put side by side, hold
+// pairs of neighbouring inputs of the first planes, the upper halves of the others; a plane is then a shift and a mask.
 #pragma once
 
 #include "ring.cuh"
 
 namespace alignvec::cuda {
 
-// Tables of three bits, for the compiler makes two steps of an expression with two constants.
+// Tables of `logic`, for the compiler makes two instructions of an expression with two constants.
 constexpr int kAndXor = (0xF0 & 0xCC) ^ 0xAA;
 constexpr int kXorWhere = ((0xF0 ^ 0xCC) & 0xAA) | (~0xF0 & ~0xAA & 0xFF);  // c ? a ^ b : ~a
 constexpr int kXorNotOr = 0xF0 ^ ((~0xCC & 0xFF) | 0xAA);                     // a ^ (~b | c)

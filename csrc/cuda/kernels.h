@@ -7,7 +7,8 @@ namespace alignvec::cuda {
 
 using Kernel = void (*)(Launch);
 
-// In the order in which a layer of several formats is launched. Group1: a scale for every plane; Group2: for two or more.
+// In the order in which a layer of several formats is launched. Group1: a scale for every plane; Group2: for two or
+// more.
 enum class Format : uint8_t {
   kPlain,
   kLossless2,

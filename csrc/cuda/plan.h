@@ -1,7 +1,7 @@
-// Which launches a call makes: one for each format that its layers' coded vectors have, at most kMaxEntries layers in each.
+// Which launches a call makes: one for each format that its layers' coded vectors have, of at most kMaxEntries layers.
 //
-// A layer of several formats is a chain of launches that add to float32 sums in global memory, in one order: kernels then
-// know one format, and mixing costs its own users alone.
+// A layer of several formats is a chain of launches that add to float32 sums in global memory, in one order: kernels
+// then know one format, and mixing costs its own users alone.
 #pragma once
 
 #include <algorithm>
@@ -69,14 +69,16 @@ inline Entry part_of(const Entry& layer, Format format) {
   return part;
 }
 
-// Two stages leave room for the most blocks, which has been the fastest; where all blocks of a launch are resident at
-// once anyway, their memory holds more stages.
+// Two stages leave room for the most blocks on a multiprocessor, which has been the fastest; more take what memory is
+// left. fixed: bytes of a block beside its stages; 1 KiB more is the system's.
 inline int stages_for(int blocks, int stage_bytes, int fixed, const Device& device) {
   const int each = (blocks + device.multiprocessors - 1) / device.multiprocessors;
+  const auto resident = [&](int stages) {
+    const int bytes = fixed + stages * stage_bytes;
+    return bytes > device.block_shared ? 0 : std::min(each, device.shared / (bytes + 1024));
+  };
   int stages = 2;
-  while (stages < kStages && each * (fixed + (stages + 1) * stage_bytes + 1024) <= device.shared &&
-         fixed + (stages + 1) * stage_bytes <= device.block_shared)
-    ++stages;
+  while (stages < kStages && resident(stages + 1) == resident(2)) ++stages;
   return stages;
 }
 

@@ -1,8 +1,8 @@
 // The ring in shared memory that all operands come through: a stage holds kInputs inputs of a block's tile.
 //
-// Rows of the base (or of a dense vector) and of x are kPitch bytes apart, 16 more than they hold, so that eight rows of
-// a matrix lie in different banks. Words lie in rows of kWordPitch bytes, whose units of 16 bytes are exchanged so that
-// four rows of a pair of units do. A chunk of words longer than a stage stays in the slot of its first stage.
+// Rows of the base (or of a dense vector) and of x are kPitch bytes apart, 16 more than they hold, so that eight rows
+// of a matrix lie in different banks. Words lie in rows of kWordPitch bytes, whose units of 16 bytes are exchanged so
+// that four rows of a pair of units do. A chunk of words longer than a stage stays in the slot of its first stage.
 #pragma once
 
 #include "coefficients.cuh"

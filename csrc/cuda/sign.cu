@@ -10,7 +10,8 @@ using Signs = Storage<1, kFlush, false, kVectors>;
 
 Kernel sign_kernel(int flush, int tiles, int vectors) {
   if (vectors == kManySigns) return decode_kernel<Signs<0, kManySigns>, 1>;
-  return flush == 0 ? kernel_for<Signs<0>>(tiles) : flush == 1 ? kernel_for<Signs<1>>(tiles) : kernel_for<Signs<2>>(tiles);
+  if (flush == 0) return kernel_for<Signs<0>>(tiles);
+  return flush == 1 ? kernel_for<Signs<1>>(tiles) : kernel_for<Signs<2>>(tiles);
 }
 
 }  // namespace alignvec::cuda

@@ -1,9 +1,9 @@
 """What nvcc makes of the CUDA kernels for GPUs that need not be there: `python -m tests.csrc.sass` shows the figures.
 
-The budgets are those of nvcc 13.0. Registers leave room for three blocks of the kernels for 8 tokens on a multiprocessor
-and for one of those for 16, whose shared memory allows no more. Instructions are what a warp issues for 16 outputs and
-128 inputs; meanwhile, at 4.33 TB/s, an H200 reads what it needs for k = 3 in 1040 issue slots of a scheduler with signs,
-1550 with int4, 2190 with 8-bit fields, and for the base alone in 880.
+The budgets are those of nvcc 13.0. Registers leave room for three blocks of the kernels for 8 tokens on a
+multiprocessor, and for one of those for 16, whose shared memory allows no more. Instructions are what a warp issues
+for 16 outputs and 128 inputs; meanwhile, at 4.33 TB/s, an H200 reads what these need for k = 3 in 1040 issue slots of
+a scheduler with signs, 1550 with int4, 2190 with 8-bit fields, and for the base alone in 880.
 """
 
 import subprocess

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from alignvec.compiled import cuda
+from alignvec.errors import AlignvecError
 from alignvec.kernels import operands, reference
 from alignvec.kernels.packing import Projection
 from tests.csrc import emulated
@@ -40,6 +41,7 @@ CASES = [Case(m, 33, 152, 3, format=name, rows=rows) for name in FORMATS for m, 
 CASES += [Case(2, 17, 2312, 3, format=name, rows=2) for name in FORMATS]  # several stages and chunks, the last in part
 CASES += [Case(5, 20, 72, k, format=name, bias=True) for name in FORMATS for k in (1, 8)]
 CASES += [Case(m, 16, 136, 2, format="int4:32", rows="random") for m in (1, 7, 8, 9, 16)]
+CASES += [Case(2, 16, 6152, 2, format=name) for name in ("sign:row", "lossless:2")]  # more chunks than stages
 CASES += [Case(m, 20, 2312, 11, format="sign:row", rows=m) for m in (4, 5)]  # eight in a stream, or four
 CASES += [
     Case(1, 40, 520, 0),
@@ -197,6 +199,16 @@ def test_why_a_call_is_not_served(change, reason):
     assert cuda.serves(x, projections) is None
     assert "forms mixes" in cuda.serves(x, projections, execution="combine")
     assert "forms mixes" in cuda.serves(x, projections, precision="merged")
+
+
+def test_calls_that_are_not_served_go_to_triton():
+    args = Case(4, 20, 72, 2, format="sparse", rows=2).make()
+    assert_one_rounding(cuda.linear(*args), reference.linear(*args))
+
+
+def test_served_calls_need_a_gpu():
+    with pytest.raises(AlignvecError, match="needs a GPU"):
+        cuda.linear(*Case(4, 20, 72, 2, format="sign:row").make())
 
 
 def test_the_operator_refuses_what_it_would_read_out_of_bounds():

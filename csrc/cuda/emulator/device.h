@@ -1,7 +1,7 @@
-// device.cuh for hosts: a thread of a block is a fiber, and the device's instructions are what their manual says of them.
+// device.cuh for hosts: a thread of a block is a fiber, and instructions do what the device's manual says of them.
 //
 // What makes mistakes show: shared memory begins as NaN; a copy's target is NaN from its issue to the wait that covers
-// it; threads run one at a time, in an order that tests turn round, and change places only where the device would wait.
+// it; a warp runs until it has to wait for others, in an order that tests turn round.
 #pragma once
 
 #include <cmath>
@@ -142,7 +142,7 @@ inline uint32_t fma_halves(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t result = 0;
   for (int shift = 0; shift < 32; shift += 16) {
     const auto half = [shift](uint32_t word) { return to_float(static_cast<uint16_t>(word >> shift)); };
-    const float exact = std::fma(half(a), half(b), half(c));  // exact in the cases in use, so that rounding twice is not
+    const float exact = std::fma(half(a), half(b), half(c));  // as it is in all uses: nothing is rounded twice
     result |= static_cast<uint32_t>(to_bfloat16(exact)) << shift;
   }
   return result;
