@@ -29,7 +29,8 @@ PaddedInputs::PaddedInputs(const Kernels& kernels, const Matrix& x, int64_t toke
     if (narrow && operand->kind != Kind::dense) paired[paired_index(operand->width)] = true;
   }
   tiles = tiles && bf16;
-  if (tiles) tiles_.resize(static_cast<size_t>((tokens + 31) / 32 * 32 * stride / 2));  // an even number of blocks
+  if (tiles)
+    tiles_.resize(static_cast<size_t>(((tokens + 15) / 16 * 16 + 16) * stride / 2));  // read two blocks at a time
   if (f32) f32_.resize(size);
   if (bf16) bf16_.resize(size);
   for (int i = 0; i < 3; ++i)
