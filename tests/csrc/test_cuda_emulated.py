@@ -1,22 +1,19 @@
-"""The CUDA decode kernels on an emulator of their instructions, through their operator, against the float64 reference.
+"""The CUDA decode kernels, through their operator, against the float64 reference: on a GPU, or without one emulated.
 
 The emulator poisons shared memory with NaN, and what a copy will write until it is waited for; warps run one by one.
 """
 
 import pytest
 import torch
+from torch import Tensor
 
+from alignvec import compiled
 from alignvec.compiled import cuda
 from alignvec.errors import AlignvecError
 from alignvec.kernels import operands, reference
 from alignvec.kernels.packing import Projection
 from tests.csrc import emulated
-from tests.kernels.cases import BF16, FP32, Case, assert_one_rounding, operand, relative_error
-
-pytestmark = [
-    pytest.mark.skipif(emulated.compiler() is None, reason="no C++ compiler builds the emulator"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="the tests in tests/gpu run the kernels themselves"),
-]
+from tests.kernels.cases import BF16, DEVICE, FP32, Case, assert_one_rounding, operand, relative_error
 
 FORMATS = (
     "dense",
@@ -53,7 +50,12 @@ CASES += [
 
 @pytest.fixture(scope="module", autouse=True)
 def _library(tmp_path_factory):
-    torch.ops.load_library(emulated.build(tmp_path_factory.mktemp("emulated")))
+    if DEVICE == "cpu":
+        if emulated.compiler() is None:
+            pytest.skip("no C++ compiler builds the emulator")
+        torch.ops.load_library(emulated.build(tmp_path_factory.mktemp("emulated")))
+    elif compiled.reason("cuda") is not None:
+        pytest.skip(compiled.reason("cuda"))
 
 
 @pytest.fixture(autouse=True)
@@ -64,16 +66,21 @@ def _poisoned(monkeypatch):
 
 
 def run(args, **options):
-    x, weight, bias, vectors, bias_deltas, columns, *shared = args
-    return cuda.decode(x, [Projection(weight, bias, vectors, bias_deltas, columns)], *shared, **options)[0]
+    x, *layer, table, rows, token_rows = args
+    return cuda.decode(x, [Projection(*layer)], table, rows, token_rows, **options)[0]
 
 
 def mixed(case: Case, integers: bool = False):
     """`case` with the formats of MIXED in turn, which the kernels have and `Case` would choose otherwise."""
     args = list(case.make(integers=integers))
     g = torch.Generator().manual_seed(1)
-    args[3] = [operand(MIXED[i % len(MIXED)], args[1], BF16, g, integers) for i in range(case.k)]
+    args[3] = operands_of([MIXED[i % len(MIXED)] for i in range(case.k)], args[1], g, integers)
     return args
+
+
+def operands_of(names, weight: Tensor, g: torch.Generator, integers: bool = False):
+    made = [operand(name, weight.cpu(), BF16, g, integers) for name in names]
+    return [vector.to(torch.device(DEVICE)) for vector in made]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -106,8 +113,8 @@ def test_projections_of_one_input(name):
     for seed, args in enumerate(made):
         g = torch.Generator().manual_seed(seed)
         names = [name] * len(args[3]) if name != "mixed" else [MIXED[(seed + i) % 9] for i in range(len(args[3]))]
-        args[3] = [operand(each, args[1], BF16, g) for each in names]
-    x, rows, table = made[0][0], made[0][7], 0.2 * torch.randn(8, 11)
+        args[3] = operands_of(names, args[1], g)
+    x, rows, table = made[0][0], made[0][7], 0.2 * torch.randn(8, 11, device=DEVICE)
     together = cuda.decode(x, [Projection(*args[1:6]) for args in made], table, rows)
     for args, y in zip(made, together, strict=True):
         assert_one_rounding(y, reference.linear(x, *args[1:6], table, rows))
@@ -165,8 +172,9 @@ def test_zeros_of_both_signs_and_subnormals_step_like_others():
     fields[3] = 0
     side = (fields == 0).flatten().nonzero().flatten()
     vector = operands.from_steps(fields, 4, side, torch.randn(len(side)).to(BF16))
-    args = (torch.randn(2, 64).to(BF16), weight, None, [vector], None, torch.tensor([0], dtype=torch.int32))
-    args = (*args, torch.ones(1, 1), torch.tensor([1], dtype=torch.int32), None)
+    tensors = (torch.zeros(1, dtype=torch.int32), torch.ones(1, 1), torch.ones(1, dtype=torch.int32))
+    args = (torch.randn(2, 64).to(BF16).to(DEVICE), weight.to(DEVICE), None, [vector.to(torch.device(DEVICE))], None)
+    args = (*args, *(t.to(DEVICE) for t in tensors), None)
     assert_one_rounding(run(args), reference.linear(*args))
 
 
@@ -206,6 +214,7 @@ def test_calls_that_are_not_served_go_to_triton():
     assert_one_rounding(cuda.linear(*args), reference.linear(*args))
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="there is one")
 def test_served_calls_need_a_gpu():
     with pytest.raises(AlignvecError, match="needs a GPU"):
         cuda.linear(*Case(4, 20, 72, 2, format="sign:row").make())
