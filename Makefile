@@ -56,7 +56,7 @@ sanitize-cpu: $(VENV)/.dev
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 ALIGNVEC_BACKEND=cpp \
 	  ALIGNVEC_LIBRARY_CPU=$(SANITIZED)/alignvec/compiled/_cpu.abi3.so \
-	  $(BIN)/python -m pytest -q -k "cpp or test_cpu" tests/csrc tests/kernels tests/attach/test_backends.py
+	  $(BIN)/python -m pytest -q -k "cpp or test_cpu or test_levels" tests/csrc tests/kernels tests/attach/test_backends.py
 
 $(BIN)/python:
 	@echo "Creating the virtual environment $(VENV)"
