@@ -14,11 +14,12 @@ from torch import Tensor
 from alignvec import compiled
 from alignvec.kernels import eager
 from alignvec.kernels.operands import Operand
+from alignvec.planner.cpu import NEVER, combine_tokens
 
 torch.library.define(
     "alignvec::cpu_linear",
     "(Tensor x, Tensor weight, Tensor? bias, int[] layout, Tensor[] parts, Tensor? bias_deltas, Tensor columns, "
-    "Tensor table, Tensor rows, Tensor? token_rows, int execution, bool merged, Tensor(a!) y) -> ()",
+    "Tensor table, Tensor rows, Tensor? token_rows, int combine_tokens, bool merged, Tensor(a!) y) -> ()",
 )
 torch.library.define(
     "alignvec::cpu_materialise",
@@ -42,7 +43,6 @@ compiled.load("cpu")
 DTYPES = (torch.float32, torch.bfloat16)
 KINDS = {"dense": 0, "codes": 1, "lossless": 2, "sparse": 3, "low-rank": 4}
 ZERO = 5  # a vector that leaves a weight alone: one zero, expanded
-EXECUTIONS = {"auto": 0, "split": 1, "combine": 2, "materialise": 2}  # a mix is never kept here
 
 
 def linear(
@@ -64,8 +64,12 @@ def linear(
     if weight.dtype != x.dtype or not _compiled(x, weight, bias, bias_deltas, operands=operands):
         return eager.linear(x, weight, bias, operands, bias_deltas, *shared, execution=execution, precision=precision)
     y = x.new_empty(x.shape[0], weight.shape[0])
-    how = (EXECUTIONS[execution], precision == "merged")
-    torch.ops.alignvec.cpu_linear(x, weight, bias, *_layout(operands), bias_deltas, *shared, *how, y)
+    merged = precision == "merged"
+    if execution == "auto" and not merged:
+        how = combine_tokens(len(operands), pair=x.dtype == torch.bfloat16)
+    else:
+        how = NEVER if execution == "split" else 0  # a materialised mix is not kept here
+    torch.ops.alignvec.cpu_linear(x, weight, bias, *_layout(operands), bias_deltas, *shared, how, merged, y)
     return y
 
 

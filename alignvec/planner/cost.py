@@ -17,13 +17,12 @@ from dataclasses import replace
 
 from alignvec.kernels import configs
 from alignvec.kernels.configs import Entry
+from alignvec.planner import cpu
+from alignvec.planner.cpu import BATCH
 from alignvec.planner.problem import Cost, Problem
 
 # Tokens that read the weights together: a tile, and in combine the tiles that run through one stretch of weights.
 TILE, GROUP = 128, 1024
-
-# Rows of a batch that decodes: up to here tokens whose mixes the host does not know may each have their own.
-BATCH = 256
 
 # Instructions that make one delta of a stored one, each time a tile reads it; the mix takes MIX more, a pair PAIR.
 UNPACK = {"dense": 0, "codes": 4, "lossless": 8, "sparse": 16, "low-rank": 0}
@@ -53,7 +52,7 @@ def model(problem: Problem, execution: str) -> Cost:
         once = materialise(replace(problem, mixes=1))
         return Cost(math.inf if once is None else once[0], "bytes")
     if problem.device.name == "cpu":
-        return _cpu(problem, execution)
+        return cpu.cost(problem, execution)
     p, d, full = problem, problem.device, len(problem.kinds)
     tiles = math.ceil(p.tokens / TILE)
     passes = 1.0 if execution == "split" else 1 + _boundaries(p) / tiles
@@ -74,21 +73,6 @@ def model(problem: Problem, execution: str) -> Cost:
         note = f", as its tiles of {TILE} tokens have {passes:.3g} mixes each"
     launches = d.launch * (2 if p.low_rank else 1)
     return Cost(launches + seconds[limit], limit if seconds[limit] > launches else "launches", note)
-
-
-def _cpu(p: Problem, execution: str) -> Cost:
-    """Plain torch: nothing overlaps, 16-bit weights are raised to float32, a mix moves 12 bytes a weight and vector."""
-    d, full = p.device, len(p.kinds)
-    unpacked = sum(kind != "dense" for kind in p.kinds)
-    matrices = 1 + full if execution == "split" else 1
-    moved = p.weights * (p.itemsize + 12 * unpacked) + p.vector_bytes
-    moved += p.weights * (6 * matrices if p.itemsize == 2 else 0)
-    moved += 0 if execution == "split" else 12 * p.weights * full * (p.mixes or min(p.tokens, BATCH))
-    terms = {
-        "bytes": moved / d.read_bandwidth,
-        "FLOPs": 2 * p.tokens * (matrices * p.weights + p.low_rank) / d.matrix_32,
-    }
-    return Cost(matrices * d.launch + sum(terms.values()), max(terms, key=lambda name: terms[name]))
 
 
 def _matrix(p: Problem) -> float:

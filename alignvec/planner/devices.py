@@ -10,6 +10,7 @@ import torch
 from alignvec.errors import AlignvecError
 from alignvec.kernels import configs
 from alignvec.kernels.configs import Device
+from alignvec.planner import cpu
 
 T = TypeVar("T", int, float)
 
@@ -31,7 +32,7 @@ def find(device: str | torch.device) -> Device:
     """
     name = str(device)
     if name == "cpu":
-        return cpu(torch.get_num_threads())
+        return cpu.device(torch.get_num_threads())
     if name.split(":")[0] == "cuda":
         if not torch.cuda.is_available():
             raise AlignvecError(f"there is no device {name!r} here; name one to plan for, such as 'H200'")
@@ -48,14 +49,6 @@ def find(device: str | torch.device) -> Device:
             return tuned.device
     names = ", ".join(repr(tuned.device.name) for tuned in known)
     raise AlignvecError(f"device {name!r} is not known: it is 'cpu', 'cuda:0' and so on, or (part of) one of {names}")
-
-
-def cpu(threads: int) -> Device:
-    """A CPU: 30 GB/s and 60 GFLOP/s a core, as the small GEMMs and the mixing of `kernels.eager` reach."""
-    rate = 60e9 * threads
-    figures = dict(read_bandwidth=30e9 * threads, matrix_16=rate, matrix_32=rate, vector_32=rate, launch=5e-6)
-    source = "30 GB/s and 60 GFLOP/s for each thread of torch, assumed"
-    return Device("cpu", **figures, vendor_bandwidth=1.0, kernel_matrix=1.0, multiprocessors=threads, source=source)
 
 
 def generic(properties: Any) -> Device:

@@ -167,8 +167,8 @@ Table table_of(const Tensor& table, const Tensor& rows, const Tensor& columns, c
 
 void cpu_linear(const Tensor& x, const Tensor& weight, const Optional& bias, const std::vector<int64_t>& layout,
                 const std::vector<Tensor>& parts, const Optional& bias_deltas, const Tensor& columns,
-                const Tensor& table, const Tensor& rows, const Optional& token_rows, int64_t execution, bool merged,
-                const Tensor& y) {
+                const Tensor& table, const Tensor& rows, const Optional& token_rows, int64_t combine_tokens,
+                bool merged, const Tensor& y) {
   Linear call;
   call.tokens = x.size(0), call.out = weight.size(0), call.in = weight.size(1);
   const int64_t vectors = static_cast<int64_t>(layout.size() / 4);
@@ -181,7 +181,7 @@ void cpu_linear(const Tensor& x, const Tensor& weight, const Optional& bias, con
   call.bias_deltas = rows_of(bias_deltas, vectors, call.out, "bias_deltas");
   call.operands = operands(layout, parts, call.out, call.in);
   call.table = table_of(table, rows, columns, token_rows, vectors, call.tokens);
-  call.execution = static_cast<Execution>(execution);
+  call.combine_tokens = combine_tokens;
   call.merged = merged;
   linear(call, loop);
 }

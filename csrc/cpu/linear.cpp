@@ -8,12 +8,6 @@
 namespace alignvec {
 namespace {
 
-// Whether forming a mix pays for `tokens` that share one, as measured on Zen 5: it spares a product for each of k
-// vectors, and held as a pair of bf16 numbers it takes one more itself.
-bool combining_pays(int64_t tokens, int64_t k, bool pair) {
-  return pair ? tokens * (k - 1) >= 10 * k : tokens * k >= 16;
-}
-
 // Bytes of the mixes that one thread forms at a time: half of a second-level cache of 1 MiB.
 constexpr int64_t MIX_BYTES = 1 << 19;
 
@@ -104,12 +98,8 @@ class Call {
         c_(coefficients(call.table, call.tokens)) {}
 
   void run() {
-    const int64_t mixes = static_cast<int64_t>(c_.runs.size()), k = static_cast<int64_t>(c_.used.size());
-    const bool pair = call_.x.dtype == DType::bf16 && kernels_.reads_bf16(base_);
-    bool combine = call_.execution == Execution::combine;
-    if (call_.execution == Execution::automatic)
-      combine = call_.merged || combining_pays(call_.tokens / std::max<int64_t>(mixes, 1), k, pair);
-    if (combine && mixes > 0 && k > 0) {
+    const int64_t mixes = static_cast<int64_t>(c_.runs.size());
+    if (mixes > 0 && !c_.used.empty() && call_.tokens >= call_.combine_tokens * mixes) {
       run_combine();
     } else {
       run_split();

@@ -9,8 +9,6 @@
 
 namespace alignvec {
 
-enum class Execution { automatic, split, combine };
-
 struct Linear {
   int64_t tokens = 0;
   int64_t out = 0;
@@ -21,9 +19,9 @@ struct Linear {
   Matrix bias_deltas;  // [vectors, out], or null
   std::vector<Operand> operands;
   Table table;
-  Execution execution = Execution::automatic;
-  bool merged = false;  // combine rounds each mix to the weight's dtype, as a stored merge would
-  Matrix y;             // [tokens, out], written
+  int64_t combine_tokens = 0;  // tokens a mix from which mixes are formed, on average
+  bool merged = false;         // combine rounds each mix to the weight's dtype, as a stored merge would
+  Matrix y;                    // [tokens, out], written
 };
 
 void linear(const Linear& call, Loop loop);

@@ -13,7 +13,7 @@ import torch
 
 from alignvec import planner
 from alignvec.kernels import configs
-from alignvec.planner import Plan, Problem, break_even, choice, plan
+from alignvec.planner import Plan, Problem, break_even, choice, cpu, plan
 from alignvec.planner.cost import corrected, materialise, model
 from alignvec.planner.explain import operand
 
@@ -164,14 +164,27 @@ def test_a_forced_execution_is_taken_and_said(execution: str) -> None:
     assert "needs one mix for all" in plan(problem(tokens=16, mixes=16), "materialise").reason
 
 
-def test_a_cpu_combines_from_about_eight_tokens_a_mix() -> None:
-    """As `kernels.eager` decides by itself."""
-    cpu = planner.find("cpu")
+def test_a_cpu_combines_many_tokens_of_a_mix() -> None:
+    """As `kernels.eager` and csrc/cpu decide."""
+    device = planner.find("cpu")
     shape = (688, 256)
     for k in (1, 3):
-        made = [plan(problem("dense", k, tokens, shape, device=cpu, dtype="float32")) for tokens in (1, 2, 4, 16, 64)]
-        assert [p.execution for p in made] == ["split", "split", "split", "combine", "combine"]
+        made = [plan(problem("dense", k, tokens, shape, device=device, dtype="float32")) for tokens in (1, 4, 64, 256)]
+        assert [p.execution for p in made] == ["split", "split", "combine", "combine"]
         assert made[0].seconds["materialise"] == math.inf
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("k", [2, 3, 8])
+@pytest.mark.parametrize("mixes", [1, 4])
+def test_the_plan_for_csrc_cpu_is_what_it_does(k: int, mixes: int, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where products decide: it forms mixes from `combine_tokens` tokens of each on."""
+    monkeypatch.setattr(cpu, "resolve_backend", lambda device_type: "cpp")
+    device = dataclasses.replace(cpu.device(2), read_bandwidth=1e15)
+    first = cpu.combine_tokens(k, dtype == "bfloat16")
+    for tokens, execution in ((mixes * first // 2, "split"), (2 * mixes * first, "combine")):
+        own = problem("dense", k, tokens, (688, 256), device=device, dtype=dtype, mixes=mixes)
+        assert plan(own).execution == execution
 
 
 def test_a_table_corrects_the_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:

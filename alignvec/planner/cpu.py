@@ -1,0 +1,77 @@
+"""What the linear operator costs on a CPU, in csrc/cpu and in plain torch, and when csrc/cpu forms a mix."""
+
+from __future__ import annotations
+
+from alignvec.kernels.configs import Device
+from alignvec.planner.backends import resolve_backend
+from alignvec.planner.problem import Cost, Problem
+
+# Rows of a batch that decodes: up to here tokens whose mixes the host does not know may each have their own.
+BATCH = 256
+NEVER = 1 << 40
+
+
+def device(threads: int) -> Device:
+    """Figures for each thread of torch: what csrc/cpu reached on Zen 5, or what plain torch's small products do."""
+    if resolve_backend("cpu") == "cpp":
+        narrow, wide, source = 250e9, 120e9, "20 GB/s and 250 (bf16) or 120 GFLOP/s a thread, as csrc/cpu did on Zen 5"
+        bandwidth = 20e9
+    else:
+        narrow, wide, source = 60e9, 60e9, "30 GB/s and 60 GFLOP/s for each thread of torch, assumed"
+        bandwidth = 30e9
+    return Device(
+        "cpu",
+        read_bandwidth=bandwidth * threads,
+        matrix_16=narrow * threads,
+        matrix_32=wide * threads,
+        vector_32=wide * threads,
+        launch=5e-6,
+        vendor_bandwidth=1.0,
+        kernel_matrix=1.0,
+        multiprocessors=threads,
+        source=source,
+    )
+
+
+def combine_tokens(k: int, pair: bool) -> int:
+    """The tokens of one mix from which csrc/cpu forms it rather than adding k products, as measured on Zen 5.
+
+    A mix spares a product for each vector; held as a `pair` of bf16 numbers it takes one more itself.
+    """
+    products = k - 1 if pair else k
+    return NEVER if products < 1 else -(-(10 * k if pair else 16) // products)
+
+
+def cost(p: Problem, execution: str) -> Cost:
+    return _compiled(p, execution) if resolve_backend("cpu") == "cpp" else _torch(p, execution)
+
+
+def _compiled(p: Problem, execution: str) -> Cost:
+    """csrc/cpu: every weight is read once; forming a mix takes what it spares `combine_tokens` tokens."""
+    d, full = p.device, len(p.kinds)
+    rate = d.matrix_16 if p.dtype == "bfloat16" else d.matrix_32
+    token = 2 * p.weights / rate
+    products = 1 + full
+    seconds = p.tokens * products * token
+    if execution == "combine":
+        products = 2 if p.pair else 1
+        form = min(combine_tokens(full, p.pair), 10 * BATCH) * max(1 + full - products, 0.5) * token
+        seconds = p.tokens * products * token + (p.mixes or min(p.tokens, BATCH)) * form
+    seconds += 2 * p.tokens * p.low_rank / rate
+    read = (p.weights * p.itemsize + p.vector_bytes) / d.read_bandwidth
+    return Cost(d.launch + max(read, seconds), "bytes" if read > seconds else "FLOPs")
+
+
+def _torch(p: Problem, execution: str) -> Cost:
+    """Plain torch: nothing overlaps, 16-bit weights are raised to float32, a mix moves 12 bytes a weight and vector."""
+    d, full = p.device, len(p.kinds)
+    unpacked = sum(kind != "dense" for kind in p.kinds)
+    matrices = 1 + full if execution == "split" else 1
+    moved = p.weights * (p.itemsize + 12 * unpacked) + p.vector_bytes
+    moved += p.weights * (6 * matrices if p.itemsize == 2 else 0)
+    moved += 0 if execution == "split" else 12 * p.weights * full * (p.mixes or min(p.tokens, BATCH))
+    terms = {
+        "bytes": moved / d.read_bandwidth,
+        "FLOPs": 2 * p.tokens * (matrices * p.weights + p.low_rank) / d.matrix_32,
+    }
+    return Cost(matrices * d.launch + sum(terms.values()), max(terms, key=lambda name: terms[name]))
