@@ -17,6 +17,9 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "dense, int4, sign": ("dense", "int4:group=128", "sign"),
 }
 MORE_ON_CPU = {"dense, k = 1": ("dense",), "dense, k = 8": ("dense",) * 8}
+WIDE = ("base only", "dense", "int4", "sign")  # what a CPU measures in float32, too
+PLAIN = ("dense", "int4")  # what a CPU measures in plain torch, too
+PLAIN_TOKENS = (1, 256)
 
 # Most that a decode step with 1 or 16 tokens, rows of different mixes, is meant to take: times the merged model.
 DECODE = {
@@ -29,19 +32,23 @@ DECODE = {
     "low-rank 64": 1.1,
     "sign, k = 8": 1.45,
 }
+# The same on a CPU, 1 token in bfloat16. Dense: the bytes of four matrices over those of one, and 15 %.
+DECODE_CPU = {"dense": 4.6, "int4": 1.9, "sign": 1.35}
 PREFILL = {"merged": 1.10, "exact": 2.2}  # dense, one mix, 2048 tokens and more
 PREFILL_KEPT = {"exact": 2.0}  # the same with a materialised mix that has not changed
 REMERGE = 0.85  # share of the read bandwidth, dense
+REMERGE_CPU = 2.0  # times the speed of torch's copy and add_, dense
 SET_MICROSECONDS = 20.0
 
-TOKENS = {"cuda": (1, 16, 2048, 4, 64, 256, 4096), "cpu": (1, 16, 256, 640)}
+TOKENS = {"cuda": (1, 16, 2048, 4, 64, 256, 4096), "cpu": (1, 4, 16, 256)}
 QUICK = {"cuda": (1, 16, 2048), "cpu": (1, 16)}
 DECODE_TOKENS = 256  # up to here every token is a row of a batch
 
 
 @dataclass(frozen=True)
 class Case:
-    """One line of the table. `way`: "operator" is alignvec's, all others are what it is measured against."""
+    """One line of the table of a GPU or a CPU, its `kind`. `way`: "operator" is alignvec's, all others are what it is
+    measured against."""
 
     name: str
     formats: tuple[str, ...]
@@ -51,6 +58,7 @@ class Case:
     execution: str = "auto"
     precision: str = "exact"
     way: str = "operator"
+    kind: str = "cuda"
 
     @property
     def section(self) -> str:
@@ -61,6 +69,8 @@ class Case:
         """The largest ratio to merged weights that is meant to be seen."""
         if self.way not in ("operator", "kept"):
             return None
+        if self.kind == "cpu":
+            return DECODE_CPU.get(self.name) if self.tokens == 1 and self.dtype == "bfloat16" else None
         if self.section == "decode":
             return DECODE.get(self.name) if self.tokens in (1, 16) and self.rows == self.tokens else None
         if self.formats != FORMATS["dense"] or self.rows > 1:
@@ -68,18 +78,26 @@ class Case:
         return (PREFILL_KEPT if self.way == "kept" else PREFILL).get(self.precision)
 
 
-def cases(device: str, tokens: int, quick: bool = False) -> list[Case]:
-    """All cases with that many tokens; the merged weights of each dtype come first."""
+def cases(kind: str, tokens: int, quick: bool = False) -> list[Case]:
+    """All cases with that many tokens of a GPU ("cuda") or a CPU; the merged weights of each dtype come first."""
     formats = {name: own for name, own in FORMATS.items() if not quick or name in DECODE}
+    return _on_cpu(formats if quick else formats | MORE_ON_CPU, tokens) if kind == "cpu" else _on_gpu(formats, tokens)
+
+
+def _on_cpu(formats: dict[str, tuple[str, ...]], tokens: int) -> list[Case]:
+    """One mix, and up to 16 tokens one for each; bfloat16 in every format, float32 in a few."""
     made: list[Case] = []
-    if device == "cpu":
-        wide = {name: own for name, own in {**formats, **MORE_ON_CPU}.items() if name != "lossless"}
-        narrow = {name: formats[name] for name in ("base only", "dense", "lossless")}  # lossless: 16-bit weights only
-        for dtype, names in (("float32", wide), ("bfloat16", narrow)):
-            made += [Case("merged", (), tokens, 1, dtype, way="merged")]
-            for rows in sorted({1, min(tokens, 16)}):
-                made += [Case(name, own, tokens, rows, dtype) for name, own in names.items()]
-        return made
+    for dtype, names in (("bfloat16", tuple(formats)), ("float32", WIDE)):
+        made.append(Case("merged", (), tokens, 1, dtype, way="merged", kind="cpu"))
+        for rows in sorted({1, tokens if tokens <= 16 else 1}):
+            made += [Case(name, formats[name], tokens, rows, dtype, kind="cpu") for name in names]
+        if dtype == "bfloat16" and tokens in PLAIN_TOKENS:
+            plain = {f"{name}, plain torch": formats[name] for name in PLAIN}
+            made += [Case(name, own, tokens, 1, dtype, way="torch", kind="cpu") for name, own in plain.items()]
+    return made
+
+
+def _on_gpu(formats: dict[str, tuple[str, ...]], tokens: int) -> list[Case]:
     dense, low_rank, dtype = FORMATS["dense"], FORMATS["low-rank 64"], "bfloat16"
     made = [Case("merged", (), tokens, 1, dtype, way="merged")]
     if tokens <= DECODE_TOKENS:

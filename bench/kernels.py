@@ -1,8 +1,8 @@
 """The linear layers of a model under vectors of every format, beside the same layers merged, in one run.
 
 `python -m bench.kernels` prints a table and stores the same numbers as data: CUDA-graph replays of Mistral-7B's shapes
-on a GPU, the torch backend on the head of the shipped models on a CPU. Each call's weights come from memory, each
-result is checked against the float64 reference before it is timed, and nothing else should run meanwhile.
+on a GPU, one decoder layer with both sides halved on a CPU. Each call's weights come from memory, each result is
+checked against the float64 reference before it is timed, and nothing else should run meanwhile.
 `python -m bench.plot FILE` draws what was stored.
 """
 
@@ -19,13 +19,16 @@ from rich.progress import Progress
 from rich.table import Table
 
 import alignvec
+from alignvec import planner
 from alignvec.errors import AlignvecError
 from alignvec.kernels.configs import file_name
+from alignvec.planner.explain import cpu_capability
 from alignvec.recipes.models import model_path
 from bench import record
 from bench.cases import QUICK, SET_MICROSECONDS, TOKENS, cases
 from bench.layers import SHAPES
 from bench.measure import Bench, Row
+from bench.opponents import CHAIN
 from bench.timing import host_seconds, read_bandwidth
 
 
@@ -37,7 +40,9 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer tokens, formats and repeats.")] = False,
     tokens: Annotated[str, typer.Option(help="Numbers of tokens, as in 1,16; by default all.")] = "",
     repeats: Annotated[int, typer.Option(help="Samples of each time; 0: 50, or 15 when quick.")] = 0,
-    backend: Annotated[str, typer.Option(help="auto, torch or triton.")] = "auto",
+    backend: Annotated[
+        str, typer.Option(help=f"{', '.join(planner.BACKENDS[:-1])} or {planner.BACKENDS[-1]}.")
+    ] = "auto",
     scale: Annotated[int, typer.Option(help="Divide both sides of the shapes, for a trial.")] = 1,
     remerge: Annotated[bool, typer.Option(help="Time re-merges, too.")] = True,
     trial: Annotated[bool, typer.Option("--trial", help="The GPU's shapes and cases on a CPU, for a trial.")] = False,
@@ -48,15 +53,18 @@ def main(
     """
     kind = "cuda" if device.startswith("cuda") else "cpu"
     if kind == "cuda" and not torch.cuda.is_available():
-        raise AlignvecError("there is no GPU to measure here; --device cpu measures the torch backend")
+        raise AlignvecError("there is no GPU to measure here; --device cpu measures its CPU")
+    planner.check_choice("--backend", backend, planner.BACKENDS)
+    backend, asked = planner.resolve_backend(kind, backend), backend
     console = Console()
     console = console if console.is_terminal else Console(width=140)
-    full = not (quick or tokens or scale > 1 or not remerge or trial or backend != "auto")
+    full = not (quick or tokens or scale > 1 or not remerge or trial or asked != "auto")
     if output is None and full:
         output = (
             record.RESULTS / f"kernels-{'cpu' if kind == 'cpu' else file_name(record.device_name(device))[:-5]}.json"
         )
-    kept: dict[str, Any] = {"bench": "kernels", **record.environment(device), "scale": scale}
+    how = {"backend": backend, "instruction_set": cpu_capability() if backend == "cpp" else None}
+    kept: dict[str, Any] = {"bench": "kernels", **record.environment(device), **how, "scale": scale}
     if output is not None:
         record.refuse(output, kept)
     repeats = repeats or (15 if quick else 50)
@@ -65,7 +73,7 @@ def main(
     chosen = tuple(map(int, tokens.split(","))) if tokens else (QUICK if quick else TOKENS)[kind]
     bench = Bench(device, shapes, read_bandwidth(device, repeats), repeats, backend)
     before = record.read(output) if tokens and output is not None and output.exists() else {"rows": []}
-    same = all(before.get(key) == kept[key] for key in ("versions", "threads", "scale"))
+    same = all(before.get(key) == kept[key] for key in ("versions", "threads", "scale", *how))
     rows = [row for row in before["rows"] if same and row.get("tokens") not in chosen and row["section"] != "set"]
     rows = [row for row in rows if row["section"] != "re-merge" or not remerge]
     kept["read_gb_per_s"] = 1e-9 * bench.bandwidth
@@ -80,7 +88,7 @@ def main(
                 record.write(output, kept)
         if remerge:
             progress.update(task, description="timing re-merges")
-            kept["rows"] += [row | stamp for row in bench.remerge("bfloat16" if kind == "cuda" else "float32", quick)]
+            kept["rows"] += [row | stamp for row in bench.remerge(quick)]
     report(console, kept)
     if output is not None:
         record.write(output, kept)
@@ -103,8 +111,9 @@ def report(console: Console, kept: dict[str, Any]) -> None:
     """The sums over the model's layers, a table for each section, dtype and number of tokens."""
     rows = [row for row in kept["rows"] if row["shape"] == "all"]
     where = f"{kept['device']}, torch {kept['versions']['torch']}, triton {kept['versions']['triton']}"
+    runs = f"{kept['backend']} ({kept['instruction_set']})" if kept["instruction_set"] else kept["backend"]
     threads = f", {kept['threads']} threads" if kept["driver"] is None else ""
-    console.print(f"{where}{threads}; reads {kept['read_gb_per_s']:.0f} GB/s", highlight=False)
+    console.print(f"{where}, backend {runs}{threads}; reads {kept['read_gb_per_s']:.0f} GB/s", highlight=False)
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["section"], row.get("tokens"), row.get("dtype")), []).append(row)
@@ -115,7 +124,8 @@ def report(console: Console, kept: dict[str, Any]) -> None:
             console.print(f"{own[0]['case']}: {micro:.1f} us of {SET_MICROSECONDS:g} ({verdict})", highlight=False)
             continue
         title = section if tokens is None else f"{section}, {tokens} token{'s' * (tokens > 1)}"
-        columns = ("", "rows", "execution", "ms", "p20", "p80", "GB/s", "of floor", "x merged", "target", "")
+        compared = "x merged" if tokens is not None else f"speed, x {CHAIN}"
+        columns = ("", "rows", "execution", "ms", "p20", "p80", "GB/s", "of floor", compared, "target", "")
         table = Table(*columns, title=f"{title}, {dtype}, {own[0]['layers']} x {_shapes(kept, own[0])}")
         for column in table.columns[3:10]:
             column.justify = "right"
@@ -133,16 +143,22 @@ def _shapes(kept: dict[str, Any], total: Row) -> str:
 def _cells(row: Row) -> tuple[str, ...]:
     times = (f"{row[f'{key}_ms']:.3f}" for key in ("median", "p20", "p80"))
     how = f"{row['execution']} {row['precision']}" if row.get("way") in ("operator", "kept") and "rows" in row else ""
-    ratio = f"{row['ratio']:.2f}" if "ratio" in row else ""
-    target, verdict = row.get("target"), ""
-    if target is not None:
-        verdict = "met" if row["ratio"] <= target else "missed"
-        target = f"<= {target:g}"
-    elif row.get("target_share") is not None:
-        verdict = "met" if row["share_of_floor"] >= row["target_share"] else "missed"
-        target = f">= {row['target_share']:.0%} of floor"
+    compared = row.get("ratio", row.get("speedup"))
     bandwidth = (f"{row['gb_per_s']:.0f}", f"{row['share_of_floor']:.0%}")
-    return (row["case"], str(row.get("rows", "")), how, *times, *bandwidth, ratio, target or "", verdict)
+    return (row["case"], str(row.get("rows", "")), how, *times, *bandwidth, f"{compared:.2f}", *_verdict(row))
+
+
+def _verdict(row: Row) -> tuple[str, str]:
+    """The target of a row, and whether it is met; nothing where it has none."""
+    if row.get("target") is not None:
+        target, met = f"<= {row['target']:g}", row["ratio"] <= row["target"]
+    elif row.get("target_share") is not None:
+        target, met = f">= {row['target_share']:.0%} of floor", row["share_of_floor"] >= row["target_share"]
+    elif row.get("target_speedup") is not None:
+        target, met = f">= {row['target_speedup']:g}", row["speedup"] >= row["target_speedup"]
+    else:
+        return "", ""
+    return target, "met" if met else "missed"
 
 
 if __name__ == "__main__":

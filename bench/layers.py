@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from alignvec import planner
 from alignvec.errors import AlignvecError
-from alignvec.kernels import eager, operands, reference
+from alignvec.kernels import operands, reference
 from alignvec.kernels.eager import take
 from alignvec.kernels.operands import Operand
 from alignvec.timing import random_operand
@@ -33,16 +33,14 @@ class Shape:
         return Shape(self.name, tuple(max(32, out // by) for out in self.outs), max(32, self.inputs // by))
 
 
-# Mistral-7B on a GPU; on a CPU the head of the shipped models, their largest matrix.
-SHAPES = {
-    "cuda": (
-        Shape("qkv", (4096, 1024, 1024), 4096),
-        Shape("o", (4096,), 4096),
-        Shape("gate_up", (14336, 14336), 4096),
-        Shape("down", (4096,), 14336),
-    ),
-    "cpu": (Shape("head", (4096,), 256),),
-}
+MISTRAL = (
+    Shape("qkv", (4096, 1024, 1024), 4096),
+    Shape("o", (4096,), 4096),
+    Shape("gate_up", (14336, 14336), 4096),
+    Shape("down", (4096,), 14336),
+)
+# Mistral-7B on a GPU; on a CPU one of its decoder layers, with both sides halved.
+SHAPES = {"cuda": MISTRAL, "cpu": tuple(shape.scaled(2) for shape in MISTRAL)}
 LAYERS = {"cuda": 32, "cpu": 1}
 
 
@@ -54,20 +52,43 @@ class Weights:
     projections: tuple[Tensor, ...]
 
 
-def draw_weights(shape: Shape, dtype: torch.dtype, device: str, count: int) -> list[Weights]:
-    """Copies with contents of their own, of standard deviation 0.02."""
-    generator = torch.Generator(device).manual_seed(0)
-    drawn = []
-    for _ in range(count):
-        matrix = (0.02 * torch.randn(shape.out, shape.inputs, generator=generator, device=device)).to(dtype)
-        drawn.append(Weights(matrix, matrix.split(shape.outs)))
-    return drawn
+class Contents:
+    """Random weights and vectors, drawn once, which takes longer than most of what is timed, and copied."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self._weights: dict[tuple[Shape, torch.dtype], Tensor] = {}
+        self._vectors: dict[tuple[Shape, torch.dtype, str, int], list[Operand]] = {}
+
+    def weights(self, shape: Shape, dtype: torch.dtype, count: int) -> list[Weights]:
+        """A base of standard deviation 0.02, `count` times."""
+        matrix = self._weights.get((shape, dtype))
+        if matrix is None:
+            generator = torch.Generator(self.device).manual_seed(0)
+            drawn = torch.randn(shape.out, shape.inputs, generator=generator, device=self.device)
+            matrix = self._weights[shape, dtype] = (0.02 * drawn).to(dtype)
+        matrices = [matrix, *(matrix.clone() for _ in range(count - 1))]
+        return [Weights(each, each.split(shape.outs)) for each in matrices]
+
+    def vectors(
+        self, formats: Sequence[str], shape: Shape, dtype: torch.dtype, count: int
+    ) -> list[list[list[Operand]]]:
+        """The operands of each projection, a vector for each of `formats`, as kernels read them, `count` times."""
+        vectors = [self._vector(text, number, shape, dtype) for number, text in enumerate(formats)]
+        drawn = [[vector[projection] for vector in vectors] for projection in range(len(shape.outs))]
+        return [drawn, *([[_copied(operand) for operand in own] for own in drawn] for _ in range(count - 1))]
+
+    def _vector(self, text: str, number: int, shape: Shape, dtype: torch.dtype) -> list[Operand]:
+        key = shape, dtype, text, number
+        if key not in self._vectors:
+            generator = torch.Generator(self.device).manual_seed(1 + number)
+            projections = self.weights(shape, dtype, 1)[0].projections
+            self._vectors[key] = [random_operand(text, weight, generator) for weight in projections]
+        return self._vectors[key]
 
 
-def draw_vectors(formats: Sequence[str], weights: Weights, seed: int) -> list[list[Operand]]:
-    """The operands of each projection, a vector for each of `formats`, packed as kernels read them."""
-    generator = torch.Generator(weights.matrix.device).manual_seed(seed)
-    return [[random_operand(text, weight, generator) for text in formats] for weight in weights.projections]
+def _copied(operand: Operand) -> Operand:
+    return replace(operand, parts=tuple(part.clone() for part in operand.parts))
 
 
 @dataclass(frozen=True)
@@ -108,17 +129,16 @@ def run(
     backend: str = "auto",
 ) -> list[Tensor]:
     """alignvec's operator: all projections of x [tokens, in], in one launch where kernels can."""
-    if planner.resolve_backend(x.device.type, backend) == "triton":
-        from alignvec.kernels.linear import Projection, linear_group
+    chosen = planner.resolve_backend(x.device.type, backend)
+    module = planner.linear_module(chosen)
+    members = [(weight, None, own, None, c.columns) for weight, own in zip(projections, vectors, strict=True)]
+    if chosen in planner.GROUPED:
+        from alignvec.kernels.packing import Projection
 
-        members = [
-            Projection(weight, None, own, None, c.columns) for weight, own in zip(projections, vectors, strict=True)
-        ]
-        return linear_group(x, members, c.table, c.rows, execution=execution, precision=precision)
-    return [
-        eager.linear(x, weight, None, own, None, c.columns, c.table, c.rows, execution=execution, precision=precision)
-        for weight, own in zip(projections, vectors, strict=True)
-    ]
+        group = [Projection(*member) for member in members]
+        results: list[Tensor] = module.linear_group(x, group, c.table, c.rows, execution=execution, precision=precision)
+        return results
+    return [module.linear(x, *member, c.table, c.rows, execution=execution, precision=precision) for member in members]
 
 
 def vector_bytes(vectors: Sequence[Sequence[Operand]]) -> int:

@@ -12,20 +12,20 @@ from torch import Tensor
 
 from alignvec import planner
 from alignvec.errors import AlignvecError
-from alignvec.kernels import eager, operands
+from alignvec.kernels import operands
 from alignvec.kernels.eager import take
 from alignvec.kernels.operands import Operand
+from alignvec.ops.backend import kernel
 from bench import opponents
-from bench.cases import FORMATS, REMERGE, Case
+from bench.cases import FORMATS, REMERGE, REMERGE_CPU, Case
 from bench.layers import (
     LAYERS,
     Coefficients,
+    Contents,
     Shape,
     Weights,
     check,
     draw_coefficients,
-    draw_vectors,
-    draw_weights,
     run,
     sample,
     vector_bytes,
@@ -40,13 +40,10 @@ class Bench:
 
     def __init__(self, device: str, shapes: Sequence[Shape], bandwidth: float, repeats: int, backend: str) -> None:
         self.device, self.shapes, self.bandwidth, self.repeats = device, tuple(shapes), bandwidth, repeats
-        self.backend = backend
-        self.graded = device.startswith("cuda")  # targets are a GPU's
-        self.layers = LAYERS["cuda" if self.graded else "cpu"]
-
-    @property
-    def triton(self) -> bool:
-        return planner.resolve_backend(torch.device(self.device).type, self.backend) == "triton"
+        self.kind = torch.device(device).type
+        self.backend = planner.resolve_backend(self.kind, backend)
+        self.layers = LAYERS[self.kind]
+        self.contents = Contents(device)
 
     def linear(self, cases: Sequence[Case], advance: Callable[[], None] = lambda: None) -> list[Row]:
         """A row for each case and shape, and one for the sum over all layers of the model, `shape` "all"."""
@@ -69,9 +66,7 @@ class Bench:
 
     def _linear(self, cases: Sequence[Case], shape: Shape) -> list[Row]:
         dtype: torch.dtype = getattr(torch, cases[0].dtype)
-        weights = draw_weights(
-            shape, dtype, self.device, copies(shape.out * shape.inputs * dtype.itemsize, self.device)
-        )
+        weights = self.contents.weights(shape, dtype, copies(shape.out * shape.inputs * dtype.itemsize, self.device))
         generator = torch.Generator(self.device).manual_seed(2)
         x = torch.randn(cases[0].tokens, shape.inputs, generator=generator, device=self.device).to(dtype)
         vectors: dict[tuple[str, ...], list[list[list[Operand]]]] = {}
@@ -79,7 +74,7 @@ class Bench:
         figures: list[tuple[int, float | None]] = []
         for number, case in enumerate(cases):
             if case.formats not in vectors:
-                vectors[case.formats] = self._vectors(case.formats, weights)
+                vectors[case.formats] = self._vectors(case.formats, shape, weights)
             drawn = vectors[case.formats]
             c = draw_coefficients(drawn[0][0], weights[0].projections[0], case.rows)
             calls[str(number)], error = self._calls(case, x, weights, drawn, c)
@@ -97,14 +92,15 @@ class Bench:
         return rows
 
     def _described(self, case: Case) -> Row:
-        row = asdict(case) | {"k": len(case.formats), "target": case.target if self.graded else None}
-        return {key: value for key, value in row.items() if key != "name"}
+        row = asdict(case) | {"k": len(case.formats), "target": case.target if case.kind == self.kind else None}
+        return {key: value for key, value in row.items() if key not in ("name", "kind")}
 
-    def _vectors(self, formats: tuple[str, ...], weights: Sequence[Weights]) -> list[list[list[Operand]]]:
+    def _vectors(self, formats: tuple[str, ...], shape: Shape, weights: Sequence[Weights]) -> list[list[list[Operand]]]:
         """Operands for as many of the copies of the base as exceed the caches together with them."""
-        first = draw_vectors(formats, weights[0], 0)
-        count = min(len(weights), copies(weights[0].matrix.nbytes + vector_bytes(first), self.device))
-        return [first, *(draw_vectors(formats, weights[i], i) for i in range(1, count))]
+        base = weights[0].matrix
+        (first,) = self.contents.vectors(formats, shape, base.dtype, 1)
+        count = min(len(weights), copies(base.nbytes + vector_bytes(first), self.device))
+        return self.contents.vectors(formats, shape, base.dtype, count)
 
     def _calls(
         self, case: Case, x: Tensor, weights: Sequence[Weights], drawn: list[list[list[Operand]]], c: Coefficients
@@ -127,7 +123,7 @@ class Bench:
                     self._materialise(weight, vectors, c, h, part)
             made = [partial(opponents.kept, x, high, low) for high, low in halves]
         else:
-            choices = (case.execution, case.precision, self.backend)
+            choices = (case.execution, case.precision, "torch" if case.way == "torch" else self.backend)
             made = [partial(run, x, w.projections, v, c, *choices) for w, v in pairs]
         y: Any = made[0]()
         results = list(y.split(outs, 1)) if isinstance(y, Tensor) else y
@@ -138,40 +134,33 @@ class Bench:
     def _materialise(
         self, weight: Tensor, vectors: list[Operand], c: Coefficients, out: Tensor, low: Tensor | None
     ) -> None:
-        if self.triton:
-            from alignvec.kernels.materialise import materialise
+        materialise = kernel(weight.device, self.backend, "materialise", "materialise")
+        materialise(weight, vectors, c.columns, c.table, c.rows, out=out, low=low)
 
-            materialise(weight, vectors, c.columns, c.table, c.rows, out=out, low=low)
-        else:
-            eager.materialise(weight, vectors, c.columns, c.table, c.rows, out=out, low=low)
-
-    def remerge(self, dtype_name: str, quick: bool = False, advance: Callable[[], None] = lambda: None) -> list[Row]:
-        """Writing a mix of every format into all weights of the model, and of dense vectors by other means."""
-        dtype: torch.dtype = getattr(torch, dtype_name)
+    def remerge(self, quick: bool = False, advance: Callable[[], None] = lambda: None) -> list[Row]:
+        """Writing a mix of every format into all weights, bfloat16, and of dense vectors by other means."""
         formats = {name: own for name, own in FORMATS.items() if own and (name == "dense" or not quick)}
-        if dtype == torch.float32:
-            formats = {name: own for name, own in formats.items() if name != "lossless"}
         parts: dict[str, list[Row]] = {}
         for shape in self.shapes:
-            for row in self._remerge(shape, dtype, formats):
+            for row in self._remerge(shape, formats):
                 parts.setdefault(row["case"], []).append(row)
             advance()
         rows = [row for own in parts.values() for row in own]
-        for name, own in parts.items():
-            total = self._total(own, None)
-            total["target_share"] = REMERGE if self.graded and name == "dense" else None
-            rows.append(total)
-        return rows
+        totals = {name: self._total(own, None) for name, own in parts.items()}
+        for name, total in totals.items():
+            total["speedup"] = totals[opponents.CHAIN]["median_ms"] / total["median_ms"]
+            if name == "dense":
+                total |= {"target_share": REMERGE} if self.kind == "cuda" else {"target_speedup": REMERGE_CPU}
+        return [*rows, *totals.values()]
 
-    def _remerge(self, shape: Shape, dtype: torch.dtype, formats: dict[str, tuple[str, ...]]) -> Iterator[Row]:
-        weights = draw_weights(
-            shape, dtype, self.device, copies(2 * shape.out * shape.inputs * dtype.itemsize, self.device)
-        )
-        outs = [torch.empty_like(w.matrix) for w in weights]
+    def _remerge(self, shape: Shape, formats: dict[str, tuple[str, ...]]) -> Iterator[Row]:
+        nbytes_of_both = 2 * shape.out * shape.inputs * torch.bfloat16.itemsize
+        weights = self.contents.weights(shape, torch.bfloat16, copies(nbytes_of_both, self.device))
+        outs = [w.matrix.clone() for w in weights]  # whose pages are there before a call is timed
         calls: dict[str, list[Call]] = {}
         nbytes: dict[str, int] = {}
         for name, own in formats.items():
-            drawn = self._vectors(own, weights)
+            drawn = self._vectors(own, shape, weights)
             c = draw_coefficients(drawn[0][0], weights[0].projections[0], 1)
             calls[name] = [self._pass(w, v, c, out) for w, v, out in zip(weights, drawn, outs, strict=False)]
             nbytes[name] = 2 * outs[0].nbytes + vector_bytes(drawn[0])
@@ -179,15 +168,16 @@ class Bench:
             _check_mix(weights[0], drawn[0], c, outs[0], f"materialise of {name} on {shape.name}")
             if name == "dense":
                 for w, v, out in zip(weights, drawn, outs, strict=False):
-                    for other, call in opponents.remerges(w, v, c, out, self.graded).items():
+                    for other, call in opponents.remerges(w, v, c, out, self.kind == "cuda").items():
                         calls.setdefault(other, []).append(call)
                         nbytes[other] = nbytes[name]
         taken = times(calls, self.device, self.repeats)
         for name in calls:
             own = formats.get(name, FORMATS["dense"])
             row = {"section": "re-merge", "case": name, "formats": own, "k": len(own)}
-            row |= {"dtype": str(dtype).removeprefix("torch."), "way": "operator" if name in formats else "torch"}
+            row |= {"dtype": "bfloat16", "way": "operator" if name in formats else "torch"}
             row |= {"shape": shape.name, "out": shape.out, "in": shape.inputs}
+            row |= {"speedup": taken[opponents.CHAIN].median / taken[name].median}
             yield row | self._figures(taken[name], nbytes[name])
 
     def _pass(self, w: Weights, vectors: list[list[Operand]], c: Coefficients, out: Tensor) -> Call:

@@ -13,6 +13,7 @@ from alignvec.kernels.reference import token_coefficients
 from bench.layers import Coefficients, Weights
 
 Call = Callable[[], object]
+CHAIN = "torch copy, add_"  # what users write to merge again
 
 
 def merged(x: Tensor, weights: Weights) -> Tensor:
@@ -73,7 +74,7 @@ def remerges(
         for factor, delta in zip(factors, deltas, strict=True):
             out.add_(delta, alpha=factor)
 
-    calls: dict[str, Call] = {"torch expression": expression, "torch copy, add_": in_place}
+    calls: dict[str, Call] = {"torch expression": expression, CHAIN: in_place}
     if compiled:
         run = _compiled()
         calls["torch.compile"] = lambda: run(out, w, live, *deltas)

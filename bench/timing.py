@@ -4,6 +4,8 @@ for all of them."""
 from __future__ import annotations
 
 import gc
+import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -105,14 +107,22 @@ def copies(nbytes: int, device: str) -> int:
     """Copies of weights of that size that no cache holds: together they exceed the last one more than three times."""
     if device.startswith("cuda"):
         return timing.copies(nbytes, device)
-    return max(2, -(-3 * _last_level_cache() // max(nbytes, 1)) + 1)
+    return max(2, -(-3 * last_level_cache() // max(nbytes, 1)) + 1)
 
 
-def _last_level_cache() -> int:
-    """Bytes of a CPU's largest cache; 32 MiB where the system does not tell."""
-    sizes = [file.read_text().strip() for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
-    units = {"K": 1 << 10, "M": 1 << 20}
-    return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=32 << 20)
+def last_level_cache(system: Path = Path("/sys/devices/system/cpu")) -> int:
+    """Bytes of the last-level caches of all CPUs that this process may use; 32 MiB where the system does not tell."""
+    caches: dict[str, int] = {}  # by the CPUs that share it
+    for cpu in os.sched_getaffinity(0) if sys.platform == "linux" else ():
+        found = []
+        for folder in (system / f"cpu{cpu}" / "cache").glob("index*"):
+            level, size, shared = ((folder / name).read_text().strip() for name in ("level", "size", "shared_cpu_list"))
+            if size[-1:] == "K":  # as Linux writes all of them
+                found.append((int(level), shared, int(size[:-1]) << 10))
+        if found:
+            _, shared, nbytes = max(found)
+            caches[shared] = nbytes
+    return sum(caches.values()) or 32 << 20
 
 
 def read_bandwidth(device: str, repeats: int) -> float:

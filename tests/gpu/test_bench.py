@@ -10,7 +10,7 @@ import torch
 from alignvec.errors import AlignvecError
 from bench import measure, record
 from bench.cases import cases
-from bench.layers import Shape, check, draw_coefficients, draw_vectors, draw_weights, run
+from bench.layers import Contents, Shape, check, draw_coefficients, run
 from bench.measure import Bench
 from bench.timing import Times
 
@@ -54,14 +54,15 @@ def test_every_case_of_a_gpu(bench: Bench, tokens: int) -> None:
 
 
 def test_merging_again(bench: Bench) -> None:
-    totals = [row for row in bench.remerge("bfloat16", quick=True) if row["shape"] == "all"]
+    totals = [row for row in bench.remerge(quick=True) if row["shape"] == "all"]
     assert {"dense", "torch expression", "torch copy, add_"} <= {row["case"] for row in totals}
     assert {row["bytes"] for row in totals} == {bench.layers * 5 * 2 * SHAPE.out * SHAPE.inputs}
 
 
 def test_a_wrong_result_is_not_timed() -> None:
-    weights = draw_weights(SHAPE, torch.bfloat16, DEVICE, 1)[0]
-    vectors = draw_vectors(("dense", "low-rank:rank=64"), weights, 0)
+    contents = Contents(DEVICE)
+    (weights,) = contents.weights(SHAPE, torch.bfloat16, 1)
+    (vectors,) = contents.vectors(("dense", "low-rank:rank=64"), SHAPE, torch.bfloat16, 1)
     c = draw_coefficients(vectors[0], weights.projections[0], 2)
     x = torch.randn(4, SHAPE.inputs, device=DEVICE).bfloat16()
     results = run(x, weights.projections, vectors, c)
