@@ -6,6 +6,7 @@ implementations of operators whose schemas are in this package's modules.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from alignvec.errors import AlignvecError
 
+SCHEMAS = 1  # the version that `alignvec_schemas` of a library has to name: raised when a schema here changes
 CAPABILITY = (8, 0)  # the oldest GPU that csrc/cuda is compiled for
 
 
@@ -45,8 +47,10 @@ def reason(part: str) -> str | None:
         tools = "a C++ compiler" if part == "cpu" else "a C++ compiler and nvcc"
         return f"csrc/{part} is not built; `pip install -v --no-build-isolation -e .` builds it with {tools}"
     try:
+        if ctypes.CDLL(str(library)).alignvec_schemas() != SCHEMAS:
+            return f"{library} was built from other sources; build it anew with `pip install --no-build-isolation -e .`"
         torch.ops.load_library(library)
-    except OSError as error:
+    except (OSError, AttributeError) as error:
         message = " ".join(str(error.__cause__ or error).split())
         return f"{library} does not load ({message}); build it anew with `pip install --no-build-isolation -e .`"
     return None

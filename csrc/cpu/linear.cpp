@@ -8,6 +8,9 @@
 namespace alignvec {
 namespace {
 
+// Tokens of the base alone that are worth holding its rows in cache for.
+constexpr int64_t PRODUCT_TOKENS = 32;
+
 // Bytes of the mixes that one thread forms at a time: half of a second-level cache of 1 MiB.
 constexpr int64_t MIX_BYTES = 1 << 19;
 
@@ -99,7 +102,8 @@ class Call {
 
   void run() {
     const int64_t mixes = static_cast<int64_t>(c_.runs.size());
-    if (mixes > 0 && !c_.used.empty() && call_.tokens >= call_.combine_tokens * mixes) {
+    const int64_t combine_tokens = c_.used.empty() ? PRODUCT_TOKENS : call_.combine_tokens;
+    if (mixes > 0 && call_.tokens >= combine_tokens * mixes) {
       run_combine();
     } else {
       run_split();
@@ -223,7 +227,7 @@ void Call::run_combine() {
   const int64_t tiles = std::clamp<int64_t>(MIX_BYTES / (call_.in * 4) / TILE_ROWS, 1, MIX_ROWS / TILE_ROWS);
   const int64_t block = kernels_.product != nullptr ? MIX_ROWS : tiles * TILE_ROWS;
   parallel(loop_, (call_.out + block - 1) / block, 1, [&](int64_t first, int64_t last) {
-    Mix mix(padded.view(), call_.merged, call_.weight.dtype);
+    Mix mix(padded.view(), call_.merged || c_.used.empty(), call_.weight.dtype);
     for (int64_t b = first; b < last; ++b)
       combine_rows(b * block, std::min((b + 1) * block, call_.out), padded.view(), narrow, mix);
   });

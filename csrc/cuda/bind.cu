@@ -114,9 +114,9 @@ void linear(const Tensor& x, const std::vector<Tensor>& weights, const std::vect
             const Tensor& rows, const Optional& token_rows, const Optional& partial, int64_t stages, bool dependent,
             const Tensor& y) {
   const size_t count = weights.size();
-  STD_TORCH_CHECK(biases.size() == count && vectors.size() == count && bias_deltas.size() == count &&
-                      columns.size() == count,
-                  "weights, biases, vectors, bias_deltas and columns must have one item for each layer");
+  STD_TORCH_CHECK(
+      biases.size() == count && vectors.size() == count && bias_deltas.size() == count && columns.size() == count,
+      "weights, biases, vectors, bias_deltas and columns must have one item for each layer");
   const int64_t tokens = x.size(0), in = x.size(1);
   STD_TORCH_CHECK(tokens >= 1 && tokens <= kMaxTokens, "x must have 1 to ", kMaxTokens, " rows, not ", tokens);
   STD_TORCH_CHECK(stages == 0 || (stages >= 2 && stages <= kStages), "stages must be 0 or 2 to ", kStages);
@@ -177,9 +177,9 @@ void linear(const Tensor& x, const std::vector<Tensor>& weights, const std::vect
   call.y_stride = static_cast<int32_t>(y.stride(0));
   call.outputs = static_cast<int32_t>(outputs);
   if (partial) {
-    check(partial->scalar_type() == ScalarType::Float && partial->is_contiguous() &&
-              partial->numel() >= tokens * outputs,
-          "partial", "contiguous float32 [tokens, all outputs]");
+    check(
+        partial->scalar_type() == ScalarType::Float && partial->is_contiguous() && partial->numel() >= tokens * outputs,
+        "partial", "contiguous float32 [tokens, all outputs]");
     call.partial = static_cast<float*>(partial->data_ptr());
   }
   STD_TORCH_CHECK(partial || !chains(layers), "partial is needed where a layer's vectors differ in format");
@@ -205,3 +205,6 @@ STABLE_TORCH_LIBRARY_IMPL(alignvec, CPU, m) {  // the emulator
 #endif
   m.impl("cuda_linear", TORCH_BOX(&alignvec::cuda::linear));
 }
+
+// The version of the schemas that this file implements: alignvec/compiled refuses a library of another one.
+extern "C" __attribute__((visibility("default"))) int alignvec_schemas() { return 1; }

@@ -82,8 +82,7 @@ struct Block {
       ring.copy_x(writes.slot, writes.input);
       if (F::kVectors && stream.count && writes.begins_chunk(coded(stream, 0).width_log2 + kPlanesLog2<F::kBits>)) {
         writes.next_word_slot(launch.stages);
-        for (int j = 0; j < stream.count; ++j)
-          ring.copy_words(writes.word_slot, j, coded(stream, j), writes.input);
+        for (int j = 0; j < stream.count; ++j) ring.copy_words(writes.word_slot, j, coded(stream, j), writes.input);
       }
       writes.next(launch.in_features, launch.stages);
     }
@@ -91,9 +90,12 @@ struct Block {
   }
 
   ALIGNVEC_DEVICE void wait() const {
-    if (launch.stages == 2) copy_wait<0>();
-    else if (launch.stages == 3) copy_wait<1>();
-    else copy_wait<2>();
+    if (launch.stages == 2)
+      copy_wait<0>();
+    else if (launch.stages == 3)
+      copy_wait<1>();
+    else
+      copy_wait<2>();
     block_barrier();
   }
 
@@ -201,8 +203,8 @@ struct Block {
   }
 
   // Scales of groups of kFlush planes or more meet the sum of every kFlush planes.
-  ALIGNVEC_DEVICE void grouped(float (&sum)[kTiles][4], const Fields<F::kBits>& fields,
-                               const X& x, const Vector& vector, int input, int width_log2) const {
+  ALIGNVEC_DEVICE void grouped(float (&sum)[kTiles][4], const Fields<F::kBits>& fields, const X& x,
+                               const Vector& vector, int input, int width_log2) const {
     constexpr int kFlush = F::kFlush ? F::kFlush : 1;
     const auto* scales = static_cast<const uint16_t*>(vector.scales);
     float scale[kPieces / kFlush][2];
@@ -247,8 +249,10 @@ struct Block {
           for (int j = 0; j < F::kVectors; ++j) {
             if (j >= stream.count) break;
             float edit = sums[j][m][r];
-            if (F::kLossless) edit -= base[m][r];
-            else edit *= Fields<F::kBits>::code_unit();
+            if (F::kLossless)
+              edit -= base[m][r];
+            else
+              edit *= Fields<F::kBits>::code_unit();
             if (!F::kLossless && F::kFlush == 0)
               edit *= read(coded(stream, j).scales, coded(stream, j).wide_scales, rows[r / 2]);
             total[m][r] += mix.coefficient[mix.order[stream.first + j]][token] * edit;

@@ -78,8 +78,10 @@ __global__ void __launch_bounds__(32 * kWarps * kTiles, kTiles == 1 ? 3 : 1)
     const int64_t column = entry.first_column + n;
     float* partial = launch.partial + m * launch.outputs + column;
     if (entry.add_partial) sum += *partial;
-    if (entry.keep_partial) *partial = sum;
-    else launch.y[m * static_cast<int64_t>(launch.y_stride) + column] = to_bfloat16(sum);
+    if (entry.keep_partial)
+      *partial = sum;
+    else
+      launch.y[m * static_cast<int64_t>(launch.y_stride) + column] = to_bfloat16(sum);
   }
 }
 

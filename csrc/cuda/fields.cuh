@@ -12,7 +12,7 @@ namespace alignvec::cuda {
 // Tables of `logic`, for the compiler makes two instructions of an expression with two constants.
 constexpr int kAndXor = (0xF0 & 0xCC) ^ 0xAA;
 constexpr int kXorWhere = ((0xF0 ^ 0xCC) & 0xAA) | (~0xF0 & ~0xAA & 0xFF);  // c ? a ^ b : ~a
-constexpr int kXorNotOr = 0xF0 ^ ((~0xCC & 0xFF) | 0xAA);                     // a ^ (~b | c)
+constexpr int kXorNotOr = 0xF0 ^ ((~0xCC & 0xFF) | 0xAA);                   // a ^ (~b | c)
 
 constexpr int kPieces = 8;  // of 16 inputs and one plane each, that a warp takes from a stage
 
@@ -41,7 +41,7 @@ struct Fields {
         uint32_t selector = half ? 0x7632u : 0x5410u;
         if (kBits == 1) selector = static_cast<uint32_t>(plane) / 8 * 0x0101u + 0x0400u;  // one byte of each
         if (kBits == 2) selector = plane ? 0x7632u : 0x5410u;
-        uint32_t(&to)[4] = halves[set * (kHalves / kSets) + half];
+        uint32_t (&to)[4] = halves[set * (kHalves / kSets) + half];
 #pragma unroll
         for (int r = 0; r < 4; ++r) to[r] = bytes(row[r % 2][r / 2].x, row[r % 2][r / 2].y, selector);
       }

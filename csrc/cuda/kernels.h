@@ -40,26 +40,45 @@ Kernel int8_kernel(int flush, int tiles);
 
 inline int bits_of(Format format) {
   switch (format) {
-    case Format::kPlain: return 0;
-    case Format::kLossless2: return 2;
-    case Format::kLossless4: case Format::kInt4Group1: case Format::kInt4Group2: return 4;
-    case Format::kLossless8: case Format::kInt8Group1: case Format::kInt8Group2: return 8;
-    default: return 1;
+    case Format::kPlain:
+      return 0;
+    case Format::kLossless2:
+      return 2;
+    case Format::kLossless4:
+    case Format::kInt4Group1:
+    case Format::kInt4Group2:
+      return 4;
+    case Format::kLossless8:
+    case Format::kInt8Group1:
+    case Format::kInt8Group2:
+      return 8;
+    default:
+      return 1;
   }
 }
 
 inline Kernel kernel_of(Format format, int tiles, int vectors) {
   switch (format) {
-    case Format::kPlain: return plain_kernel(tiles);
-    case Format::kLossless2: case Format::kLossless4: case Format::kLossless8:
+    case Format::kPlain:
+      return plain_kernel(tiles);
+    case Format::kLossless2:
+    case Format::kLossless4:
+    case Format::kLossless8:
       return lossless_kernel(bits_of(format), tiles);
-    case Format::kSign: return sign_kernel(0, tiles, vectors);
-    case Format::kSignGroup1: return sign_kernel(1, tiles, vectors);
-    case Format::kSignGroup2: return sign_kernel(2, tiles, vectors);
-    case Format::kInt4Group1: return int4_kernel(1, tiles);
-    case Format::kInt4Group2: return int4_kernel(2, tiles);
-    case Format::kInt8Group1: return int8_kernel(1, tiles);
-    default: return int8_kernel(2, tiles);
+    case Format::kSign:
+      return sign_kernel(0, tiles, vectors);
+    case Format::kSignGroup1:
+      return sign_kernel(1, tiles, vectors);
+    case Format::kSignGroup2:
+      return sign_kernel(2, tiles, vectors);
+    case Format::kInt4Group1:
+      return int4_kernel(1, tiles);
+    case Format::kInt4Group2:
+      return int4_kernel(2, tiles);
+    case Format::kInt8Group1:
+      return int8_kernel(1, tiles);
+    default:
+      return int8_kernel(2, tiles);
   }
 }
 

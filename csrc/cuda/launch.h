@@ -8,8 +8,8 @@ namespace alignvec::cuda {
 constexpr int kMaxVectors = 16;  // that edit one layer
 constexpr int kMaxEntries = 4;   // layers in a launch
 constexpr int kMaxTokens = 16;
-constexpr int kStages = 4;      // of shared memory at most
-constexpr int kWarps = 4;     // that share an output
+constexpr int kStages = 4;  // of shared memory at most
+constexpr int kWarps = 4;   // that share an output
 constexpr int kInputsLog2 = 9;
 constexpr int kInputs = 1 << kInputsLog2;  // of a stage
 
@@ -21,7 +21,10 @@ constexpr int word_pitch(int bits) { return bits == 8 ? 512 : bits ? 256 : 0; }
 template <int kBits>
 constexpr int kWordPitch = word_pitch(kBits);
 template <int kBits>
-constexpr int kPlanesLog2 = kBits == 1 ? 5 : kBits == 2 ? 4 : kBits == 4 ? 3 : 2;
+constexpr int kPlanesLog2 = kBits == 1   ? 5
+                            : kBits == 2 ? 4
+                            : kBits == 4 ? 3
+                                         : 2;
 
 // One operand of kernels/operands.py: its parts and its numbers.
 struct Vector {
@@ -49,10 +52,10 @@ struct Entry {
   int32_t out_features;
   int32_t first_column;  // of y
   int32_t first_block;
-  uint8_t coded, dense;  // vectors
-  uint8_t base;          // whether this launch adds the base's product and bias
-  uint8_t add_partial;   // to what the launch before left in `partial`,
-  uint8_t keep_partial;  // and leave the sum there, for the next one
+  uint8_t coded, dense;                 // vectors
+  uint8_t base;                         // whether this launch adds the base's product and bias
+  uint8_t add_partial;                  // to what the launch before left in `partial`,
+  uint8_t keep_partial;                 // and leave the sum there, for the next one
   uint8_t wide_bias, wide_bias_deltas;  // float32
   Vector vectors[kMaxVectors];
 };

@@ -9,7 +9,6 @@
 
 namespace alignvec::cuda {
 
-
 ALIGNVEC_DEVICE int swizzled(int row, int unit) { return unit ^ (row & 3) << 1; }
 
 // kRows: output rows of the block. Of a stage: the base's rows, x's, and those of each coded vector's words.
@@ -62,7 +61,7 @@ struct Ring {
 
   ALIGNVEC_DEVICE void copy_words(int slot, int place, const Vector& vector, int input) const {
     const int width_log2 = vector.width_log2, chunk_log2 = width_log2 + kPlanesLog2<kBits>;
-    const int units_log2 = (chunk_log2 > kInputsLog2 ? width_log2 : kInputsLog2 - kPlanesLog2<kBits>) - 2;
+    const int units_log2 = (chunk_log2 > kInputsLog2 ? width_log2 : kInputsLog2 - kPlanesLog2<kBits>)-2;
     int r = thread_index() >> units_log2;
     const int unit = thread_index() & ((1 << units_log2) - 1);
     const int word = (input >> chunk_log2 << width_log2) + unit * 4;

@@ -25,6 +25,7 @@ STAND_IN = """
 
 torch::stable::Tensor same(torch::stable::Tensor x) { return torch::stable::clone(x); }
 
+extern "C" __attribute__((visibility("default"))) int alignvec_schemas() { return 1; }
 STABLE_TORCH_LIBRARY(alignvec_stand_in, m) { m.def("same(Tensor x) -> Tensor"); }
 STABLE_TORCH_LIBRARY_IMPL(alignvec_stand_in, CompositeExplicitAutograd, m) { m.impl("same", TORCH_BOX(&same)); }
 """
@@ -235,3 +236,15 @@ def test_only_binding_files_include_torch() -> None:
     files = [f for f in (ROOT / "csrc").rglob("*") if f.suffix in (".h", ".cpp", ".cuh", ".cu") and f.stem != "bind"]
     assert files
     assert [f.name for f in files if re.search(r"#\s*include\s*[<\"](torch|ATen|c10)/", f.read_text())] == []
+
+
+def test_a_library_of_other_schemas_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not (command := shutil.which("c++") or shutil.which("g++")):
+        pytest.skip("there is no C++ compiler")
+    source, library = tmp_path / "old.cpp", tmp_path / "old.so"
+    source.write_text('extern "C" int alignvec_schemas() { return 0; }\n')
+    subprocess.run([command, "-shared", "-fPIC", source, "-o", library], check=True)
+    monkeypatch.setenv("ALIGNVEC_LIBRARY_CPU", str(library))
+    said = compiled.reason.__wrapped__("cpu")
+    assert said is not None
+    assert said.startswith(f"{library} was built from other sources; build it anew")

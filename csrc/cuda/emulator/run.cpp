@@ -162,8 +162,10 @@ void copy_wait(int pending) {
   auto& groups = fiber().groups;
   for (; static_cast<int>(groups.size()) - 1 > pending; groups.pop_front())
     for (const Copy& copy : groups.front()) {
-      if (copy.from) std::memcpy(copy.to, copy.from, 16);
-      else std::memset(copy.to, 0, 16);
+      if (copy.from)
+        std::memcpy(copy.to, copy.from, 16);
+      else
+        std::memset(copy.to, 0, 16);
     }
 }
 
