@@ -15,6 +15,7 @@ from bench import record
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 Row = dict[str, Any]
 
@@ -40,14 +41,18 @@ def _kernels(kept: Row) -> plt.Figure:
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in totals:
         groups.setdefault((row["tokens"], row["dtype"]), []).append(row)
-    count = len(groups)
-    columns = min(count, 3)
-    lines = -(-count // columns)
-    tall = max(len(own) for own in groups.values())
-    figure, axes = plt.subplots(lines, columns, figsize=(6 * columns, (0.2 * tall + 1.2) * lines), squeeze=False)
+    groups = dict(sorted(groups.items()))
+    count, dtypes = len(groups), len({dtype for _, dtype in groups})
+    columns = dtypes if dtypes > 1 else min(count, 3)  # dtypes side by side
+    sizes = [len(own) for own in groups.values()]
+    tall = [max(sizes[first : first + columns]) for first in range(0, count, columns)]
+    heights = [0.2 * size + 1.2 for size in tall]
+    figure, axes = plt.subplots(
+        len(tall), columns, figsize=(6 * columns, sum(heights)), height_ratios=heights, squeeze=False
+    )
     for axis in axes.flat[count:]:
         axis.remove()
-    for axis, ((tokens, dtype), own) in zip(axes.flat, sorted(groups.items()), strict=False):
+    for number, (axis, ((tokens, dtype), own)) in enumerate(zip(axes.flat, groups.items(), strict=False)):
         merged = next(row["median_ms"] for row in own if row["way"] == "merged")
         others = [row for row in own if row["way"] != "merged"]
         for at, row in enumerate(others):
@@ -59,10 +64,13 @@ def _kernels(kept: Row) -> plt.Figure:
                 axis.plot(row["target"], at, "|", color="tab:red", markersize=9, markeredgewidth=2)
         axis.set_yticks(range(len(others)), [_label(row) for row in others], fontsize=7)
         axis.axvline(1, color="black", linewidth=0.6)
-        axis.set_ylim(tall - 0.5, -0.5)
+        axis.set_ylim(tall[number // columns] - 0.5, -0.5)
         axis.grid(axis="y", linewidth=0.3)
         axis.set_xscale("log")
-        axis.set_title(f"{tokens} tokens, {dtype}; merged {1e3 * merged:.0f} us", fontsize=9)
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.set_title(f"{tokens} token{'s' * (tokens > 1)}, {dtype}; merged {1e3 * merged:.0f} us", fontsize=9)
         axis.set_xlabel("times merged (green: bytes at read bandwidth, red: target)", fontsize=7)
     figure.suptitle(f"{kept['device']}, torch {kept['versions']['torch']}, {kept['date'][:10]}", fontsize=10)
     figure.tight_layout(rect=(0, 0, 1, 0.99))
