@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "buffer.h"
+
 namespace alignvec {
 namespace {
 
@@ -62,6 +64,21 @@ class RowVector {
   const float* last_ = nullptr;
 };
 
+// The dense deltas in use and their coefficients; none unless all that are in use are dense and of the base's type.
+struct DenseMix {
+  std::vector<Matrix> deltas;
+  std::vector<float> c;
+
+  DenseMix(const Materialise& call, const Coefficients& all) {
+    for (int64_t i : all.used) {
+      const Operand& operand = call.operands[static_cast<size_t>(i)];
+      if (operand.kind == Kind::dense && operand.values.dtype == call.weight.dtype) deltas.push_back(operand.values);
+      c.push_back(all.of(0)[i]);
+    }
+    if (deltas.size() != c.size() || c.size() > MOST_VECTORS) deltas.clear();
+  }
+};
+
 }  // namespace
 
 void materialise(const Materialise& call, Loop loop) {
@@ -69,22 +86,29 @@ void materialise(const Materialise& call, Loop loop) {
   const Coefficients c = coefficients(call.table, 1);
   const bool aligned = c.used.size() == 1 && c.of(0)[c.used[0]] == 1.0f &&
                        call.operands[static_cast<size_t>(c.used[0])].kind == Kind::lossless;
+  const DenseMix dense(call, c);
   parallel(loop, call.out, grain(call.in), [&](int64_t first, int64_t last) {
-    std::vector<float> mix(static_cast<size_t>(call.in));
+    Buffer<float> mix(static_cast<size_t>(call.in));
     for (int64_t n = first; n < last; ++n) {
+      void *high = row_of(call.mix, n), *low = row_of(call.low, n);
       if (aligned) {
-        const Operand& operand = call.operands[static_cast<size_t>(c.used[0])];
-        aligned_row(operand, call.weight, n, static_cast<uint16_t*>(row_of(call.mix, n)));
-        if (call.low.data != nullptr) {
-          std::fill(mix.begin(), mix.end(), 0.0f);
-          own.store(mix.data(), call.in, call.low.dtype, row_of(call.low, n), nullptr);
-        }
+        aligned_row(call.operands[static_cast<size_t>(c.used[0])], call.weight, n, static_cast<uint16_t*>(high));
+        if (low != nullptr) own.store(mix.data(), call.in, call.low.dtype, low, nullptr);  // zeros
         continue;
       }
-      own.load_row(call.weight, n, call.in, mix.data());
-      for (int64_t i : c.used)
-        own.add_row(call.operands[static_cast<size_t>(i)], call.weight, n, c.of(0)[i], mix.data());
-      own.store(mix.data(), call.in, call.mix.dtype, row_of(call.mix, n), row_of(call.low, n));
+      if (!dense.deltas.empty()) {
+        own.mix_dense(call.weight, dense.deltas.data(), dense.c.data(), static_cast<int64_t>(dense.deltas.size()), n,
+                      call.in, mix.data());
+      } else {
+        own.load_row(call.weight, n, call.in, mix.data());
+        for (int64_t i : c.used)
+          own.add_row(call.operands[static_cast<size_t>(i)], call.weight, n, c.of(0)[i], mix.data());
+      }
+      if (low == nullptr) {
+        own.stream(mix.data(), call.in, call.mix.dtype, high);
+      } else {
+        own.store(mix.data(), call.in, call.mix.dtype, high, low);
+      }
     }
   });
 }

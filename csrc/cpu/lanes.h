@@ -93,6 +93,13 @@ ALIGNVEC_INLINE H<N> to_bf16(F<N> v) {
   return __builtin_convertvector((rounded & ~nan) | (((u >> 16) | 0x40) & nan), H<N>);
 }
 
+#if defined(ALIGNVEC_BF16)
+template <>
+ALIGNVEC_INLINE H<16> to_bf16<16>(F<16> v) {
+  return bits_of<H<16>>(_mm512_cvtneps_pbh(bits_of<__m512>(v)));
+}
+#endif
+
 // Registers of a type as vectors of `float` and of 16-bit weights.
 template <int N, typename T>
 struct Register;

@@ -6,9 +6,12 @@
 namespace alignvec {
 namespace {
 
-// Rows of a matrix follow each other: what is AHEAD bytes on is read soon, in this row or the next.
+// Rows of a matrix follow each other: what lies some way ahead is read soon, in this row or the next.
 constexpr int64_t AHEAD = 8192;
-ALIGNVEC_INLINE void prefetch(const void* row) { __builtin_prefetch(static_cast<const char*>(row) + AHEAD); }
+constexpr int64_t AHEAD_OF_MANY = 2048;  // bytes in each of several matrices
+ALIGNVEC_INLINE void prefetch(const void* at, int64_t ahead = AHEAD) {
+  __builtin_prefetch(static_cast<const char*>(at) + ahead);
+}
 
 template <int N, typename T>
 ALIGNVEC_INLINE void load_row_of(const T* row, int64_t in, float* mix) {
@@ -141,6 +144,37 @@ void add_row(const Operand& operand, const Matrix& weight, int64_t n, float c, f
   }
 }
 
+// Dense deltas and the base side by side, mix[k] = base[n][k] + sum_i c[i] deltas[i][n][k]: one pass over all of them.
+template <int N, typename T>
+void mix_rows(const Matrix& base, const Matrix* deltas, const float* c, int64_t count, int64_t n, int64_t in,
+              float* mix) {
+  const T* rows[MOST_VECTORS + 1] = {reinterpret_cast<const T*>(base.row(n))};
+  for (int64_t i = 0; i < count; ++i) rows[i + 1] = reinterpret_cast<const T*>(deltas[i].row(n));
+  int64_t k = 0;
+  for (; k + 2 * N <= in; k += 2 * N) {
+    prefetch(rows[0] + k, AHEAD_OF_MANY);
+    F<N> low = load_wide<N>(rows[0] + k), high = load_wide<N>(rows[0] + k + N);
+    for (int64_t i = 0; i < count; ++i) {
+      prefetch(rows[i + 1] + k, AHEAD_OF_MANY);
+      low += c[i] * load_wide<N>(rows[i + 1] + k);
+      high += c[i] * load_wide<N>(rows[i + 1] + k + N);
+    }
+    store(mix + k, low);
+    store(mix + k + N, high);
+  }
+  for (; k < in; ++k) {
+    mix[k] = widen_one(rows[0][k]);
+    for (int64_t i = 0; i < count; ++i) mix[k] += c[i] * widen_one(rows[i + 1][k]);
+  }
+}
+
+template <int N>
+void mix_dense(const Matrix& base, const Matrix* deltas, const float* c, int64_t count, int64_t n, int64_t in,
+               float* mix) {
+  if (base.dtype == DType::f32) return mix_rows<N, float>(base, deltas, c, count, n, in, mix);
+  mix_rows<N, uint16_t>(base, deltas, c, count, n, in, mix);
+}
+
 template <int N>
 void store_row(const float* values, int64_t count, DType dtype, void* out, void* low) {
   if (dtype == DType::f32) {
@@ -158,6 +192,30 @@ void store_row(const float* values, int64_t count, DType dtype, void* out, void*
     std::memcpy(high + k, &rounded, static_cast<size_t>(own) * 2);
     if (rest != nullptr) std::memcpy(rest + k, &remainder, static_cast<size_t>(own) * 2);
   }
+}
+
+// As `store_row` of what nobody reads soon: past the caches, so that the lines written to are not read first.
+template <int N>
+void stream_row(const float* values, int64_t count, DType dtype, void* out) {
+  int64_t k = 0;
+#if defined(ALIGNVEC_AVX512)
+  char* to = static_cast<char*>(out);
+  const int64_t line = 64 / item_size(dtype);
+  if (reinterpret_cast<uintptr_t>(out) % 64 == 0) {
+    for (; k + line <= count; k += line, to += 64) {
+      if (dtype == DType::f32) {
+        _mm512_stream_ps(reinterpret_cast<float*>(to), load<__m512>(values + k));
+      } else {
+        const __m256i first = bits_of<__m256i>(to_bf16<16>(load<F<16>>(values + k)));
+        const __m256i second = bits_of<__m256i>(to_bf16<16>(load<F<16>>(values + k + 16)));
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(to),
+                            _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1));
+      }
+    }
+    _mm_sfence();
+  }
+#endif
+  store_row<N>(values + k, count - k, dtype, static_cast<char*>(out) + k * item_size(dtype), nullptr);
 }
 
 template <int N>

@@ -11,7 +11,8 @@ inline bool reads_f32(const Operand&) { return false; }
 
 template <int N>
 constexpr Kernels table(const char* name) {
-  return {name, reads_f32, dots_f32<N>, nullptr, load_row<N>, add_row<N>, store_row<N>, scale_row<N>, moments<N>};
+  return {name,       reads_f32,    dots_f32<N>,   nullptr,      mix_dense<N>, load_row<N>,
+          add_row<N>, store_row<N>, stream_row<N>, scale_row<N>, moments<N>};
 }
 
 }  // namespace

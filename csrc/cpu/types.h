@@ -74,6 +74,7 @@ struct Ahead {
 
 constexpr int TILE_ROWS = 4;        // output rows that one call of `dots` takes
 constexpr int TILE_TOKENS = 4;      // tokens, unless there is one
+constexpr int MOST_VECTORS = 16;    // that edit a weight, as kernels/operands.py has it
 constexpr int MIX_ROWS = 32;        // rows of a mix that a product takes
 constexpr int64_t INPUT_PAD = 128;  // activations are padded to a multiple: two planes of the largest width
 
@@ -91,11 +92,16 @@ struct Kernels {
   // is.
   void (*product)(const uint16_t* high, const uint16_t* low, int64_t stride, const Inputs& x, int64_t m0,
                   int64_t tokens, float* sums);
+  // mix[k] = base[n][k] + sum_i c[i] deltas[i][n][k] of up to MOST_VECTORS dense deltas in the base's type.
+  void (*mix_dense)(const Matrix& base, const Matrix* deltas, const float* c, int64_t count, int64_t n, int64_t in,
+                    float* mix);
   // mix[k] = base[n][k], or += c delta[n][k].
   void (*load_row)(const Matrix& matrix, int64_t n, int64_t in, float* mix);
   void (*add_row)(const Operand& operand, const Matrix& weight, int64_t n, float c, float* mix);
   // out[i] = round(values[i]); low, unless null, takes round(values[i] - out[i]).
   void (*store)(const float* values, int64_t count, DType dtype, void* out, void* low);
+  // As `store`, of what nobody reads soon.
+  void (*stream)(const float* values, int64_t count, DType dtype, void* out);
   // out[i] = x[i] * scale * (weight[i] + offset), and out[i] = (x[i] - mean) * scale * weight[i] + bias[i]; weight and
   // bias may be null. `moments` gives the sum of values, and of their squares about `center`.
   void (*scale_row)(const float* x, int64_t count, float mean, float scale, const float* weight, float offset,
