@@ -36,6 +36,13 @@ struct Tile {
 // Rows n0 to n0 + R of an operand: rows past the last are the last again, and their sums are not used.
 ALIGNVEC_INLINE int64_t clamped(int64_t n, const Operand& operand) { return n < operand.out ? n : operand.out - 1; }
 
+// Asks for the same words of the next tile's rows, at a chunk's first plane: packed rows are too short for the CPU to
+// see them coming.
+template <int R>
+ALIGNVEC_INLINE void prefetch_tile(const Operand& operand, const int32_t* words) {
+  __builtin_prefetch(words + R * operand.words_stride);
+}
+
 template <int N, int R, int M, typename T>
 void dots_dense(const Operand& operand, int64_t n0, const float* x, int64_t stride, float* sums) {
   const T* rows[R];
@@ -82,6 +89,7 @@ void dots_codes(const Operand& operand, int64_t n0, const float* x, int64_t stri
         F<N> xs[M];
         unroll<M>([&](int m) ALIGNVEC_BODY { xs[m] = load<F<N>>(x + m * stride + k + j); });
         unroll<R>([&](int r) ALIGNVEC_BODY {
+          if (plane == 0) prefetch_tile<R>(operand, words[r] + at + j);
           F<N> w = field<N, BITS>(load<I<N>>(words[r] + at + j), plane);
           unroll<M>([&](int m) ALIGNVEC_BODY { tile.sum[r][m] += w * xs[m]; });
         });
@@ -131,6 +139,7 @@ void dots_lossless(const Operand& operand, const Matrix& weight, int64_t n0, con
       unroll<M>([&](int m) ALIGNVEC_BODY { xs[m] = load<F<N>>(x + m * stride + k); });
       unroll<R>([&](int r) ALIGNVEC_BODY {
         F<N> w = k + N <= operand.in ? load_wide<N>(base[r] + k) : load_wide_some<N>(base[r] + k, operand.in - k);
+        if (plane == 0) prefetch_tile<R>(operand, words[r] + at + j);
         F<N> delta = stepped<N, BITS>(load<I<N>>(words[r] + at + j), plane, w);
         unroll<M>([&](int m) ALIGNVEC_BODY { tile.sum[r][m] += delta * xs[m]; });
       });

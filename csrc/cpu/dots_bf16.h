@@ -129,6 +129,7 @@ void dots_planes_bf16(const Operand& operand, int64_t n0, const uint16_t* x, int
         Bits xs[M];
         load_inputs<M>(x + k + 2 * j, stride, xs);
         unroll<R>([&](int r) ALIGNVEC_BODY {
+          if (q == 0) prefetch_tile<R>(operand, words[r] + at + j);
           const Bits own = load_bits(words[r] + at + j);
           for (int i = 0; i < Integers<BITS>::PARTS; ++i) tile.add(r, INTEGERS<BITS>.part(q, i, own), xs);
         });
@@ -209,6 +210,7 @@ void dots_lossless_bf16(const Operand& operand, const Matrix& weight, int64_t n0
           halves[h] = _mm512_castsi256_si512(_mm256_maskz_loadu_epi16(mask, from));
         }
         const Bits w = _mm512_permutex2var_epi16(halves[0], interleave, halves[1]);
+        if (q == 0) prefetch_tile<R>(operand, words[r] + at + j);
         const Bits own = load_bits(words[r] + at + j);
         const Bits aligned = ordered_bf16(_mm512_add_epi16(ordered_bf16(w), steps<BITS>(own, control)));
         tile.add(r, aligned, xs);
@@ -231,6 +233,7 @@ void dots_sparse_bf16(const Operand& operand, int64_t n, const uint16_t* x, int6
   tile.clear();
   for (int64_t word = 0; word < operand.words_stride; ++word) {
     const uint32_t mask = static_cast<uint32_t>(bitmap[word]);
+    __builtin_prefetch(values + 512);  // a KiB on: values of all rows lie in one stretch
     const int count = __builtin_popcount(mask);
     const Bits packed = _mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << count) - 1), values);
     values += count;
