@@ -39,7 +39,7 @@ def combine_tokens(k: int, pair: bool) -> int:
     A mix spares a product for each vector; held as a `pair` of bf16 numbers it takes one more itself.
     """
     products = k - 1 if pair else k
-    return NEVER if products < 1 else -(-(10 * k if pair else 16) // products)
+    return NEVER if products < 1 else -(-(10 * k if pair else 24) // products)
 
 
 def cost(p: Problem, execution: str) -> Cost:

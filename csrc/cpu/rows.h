@@ -65,8 +65,10 @@ void add_codes(const Operand& operand, int64_t n, float c, float* mix) {
       const int64_t run = k0 / operand.width;
       const int32_t* at = words + run / PLANES * operand.width;
       const int plane = static_cast<int>(run % PLANES);
-      for (int64_t k = k0; k < k0 + operand.width && k < last; k += N)
+      for (int64_t k = k0; k < k0 + operand.width && k < last; k += N) {
+        if (plane == 0) prefetch(at + k - k0, 4 * operand.words_stride);  // the next row's
         add_lanes<N>(mix, k, last, scale * field<N, BITS>(load<I<N>>(at + k - k0), plane));
+      }
     }
   }
 }
@@ -81,6 +83,7 @@ void add_lossless(const Operand& operand, const Matrix& weight, int64_t n, float
     const int32_t* at = words + run / PLANES * operand.width;
     const int plane = static_cast<int>(run % PLANES);
     for (int64_t k = k0; k < k0 + operand.width && k < operand.in; k += N) {
+      if (plane == 0) prefetch(at + k - k0, 4 * operand.words_stride);
       F<N> w = k + N <= operand.in ? load_wide<N>(base + k) : load_wide_some<N>(base + k, operand.in - k);
       add_lanes<N>(mix, k, operand.in, c * stepped<N, BITS>(load<I<N>>(at + k - k0), plane, w));
     }
@@ -184,13 +187,19 @@ void store_row(const float* values, int64_t count, DType dtype, void* out, void*
   }
   uint16_t* high = static_cast<uint16_t*>(out);
   uint16_t* rest = static_cast<uint16_t*>(low);
-  for (int64_t k = 0; k < count; k += N) {
-    const int64_t own = count - k < N ? count - k : N;
-    F<N> v = own == N ? load<F<N>>(values + k) : load_some<F<N>>(values + k, own);
-    H<N> rounded = to_bf16<N>(v);
-    H<N> remainder = to_bf16<N>(v - widen<N>(rounded));
-    std::memcpy(high + k, &rounded, static_cast<size_t>(own) * 2);
-    if (rest != nullptr) std::memcpy(rest + k, &remainder, static_cast<size_t>(own) * 2);
+  int64_t k = 0;
+  for (; k + N <= count; k += N) {
+    const F<N> v = load<F<N>>(values + k);
+    const H<N> rounded = to_bf16<N>(v);
+    store(high + k, rounded);
+    if (rest != nullptr) store(rest + k, to_bf16<N>(v - widen<N>(rounded)));
+  }
+  if (k < count) {
+    const size_t left = static_cast<size_t>(count - k) * 2;
+    const F<N> v = load_some<F<N>>(values + k, count - k);
+    const H<N> rounded = to_bf16<N>(v), remainder = to_bf16<N>(v - widen<N>(rounded));
+    std::memcpy(high + k, &rounded, left);
+    if (rest != nullptr) std::memcpy(rest + k, &remainder, left);
   }
 }
 
