@@ -66,7 +66,7 @@ def linear(
     y = x.new_empty(x.shape[0], weight.shape[0])
     merged = precision == "merged"
     if execution == "auto" and not merged:
-        how = combine_tokens(len(operands), pair=x.dtype == torch.bfloat16)
+        how = combine_tokens(((o.kind, o.bits) for o in operands), pair=x.dtype == torch.bfloat16)
     else:
         how = NEVER if execution == "split" else 0  # a materialised mix is not kept here
     torch.ops.alignvec.cpu_linear(x, weight, bias, *_layout(operands), bias_deltas, *shared, how, merged, y)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+
 from alignvec.kernels.configs import Device
 from alignvec.planner.backends import resolve_backend
 from alignvec.planner.problem import Cost, Problem
@@ -9,6 +12,9 @@ from alignvec.planner.problem import Cost, Problem
 # Rows of a batch that decodes: up to here tokens whose mixes the host does not know may each have their own.
 BATCH = 256
 NEVER = 1 << 40
+# Products of bf16 activations with operands by kind and bits, dense ones 1.
+PRODUCT = {("codes", 8): 1.3, ("codes", 4): 0.8, ("codes", 1): 0.5, ("sparse", 0): 1.5}
+PRODUCT |= {("lossless", bits): 1.7 for bits in (2, 4, 8)}
 
 
 def device(threads: int) -> Device:
@@ -33,13 +39,15 @@ def device(threads: int) -> Device:
     )
 
 
-def combine_tokens(k: int, pair: bool) -> int:
-    """The tokens of one mix from which csrc/cpu forms it rather than adding k products, as measured on Zen 5.
+def combine_tokens(vectors: Iterable[tuple[str, int]], pair: bool) -> int:
+    """The tokens of one mix from which csrc/cpu forms it rather than adding products, as measured on Zen 5.
 
-    A mix spares a product for each vector; held as a `pair` of bf16 numbers it takes one more itself.
+    vectors: kind and bits of each. A mix takes time for each vector and spares its product; held as a `pair` of bf16
+    numbers it takes one product more itself. Low-rank vectors stay out of it.
     """
-    products = k - 1 if pair else k
-    return NEVER if products < 1 else -(-(10 * k if pair else 24) // products)
+    products = [PRODUCT.get(vector, 1.0) if pair else 1.0 for vector in vectors if vector[0] != "low-rank"]
+    spared = sum(products) - (1 if pair else 0)
+    return math.ceil((10 * len(products) if pair else 24) / spared) if spared > 0 else NEVER
 
 
 def cost(p: Problem, execution: str) -> Cost:
@@ -47,7 +55,10 @@ def cost(p: Problem, execution: str) -> Cost:
 
 
 def _compiled(p: Problem, execution: str) -> Cost:
-    """csrc/cpu: every weight is read once; forming a mix takes what it spares `combine_tokens` tokens."""
+    """csrc/cpu: every weight is read once; forming a mix takes what it spares `combine_tokens` tokens.
+
+    All products are taken for dense ones: the executions compare as they are chosen, coded vectors cost a little else.
+    """
     d, full = p.device, len(p.kinds)
     rate = d.matrix_16 if p.dtype == "bfloat16" else d.matrix_32
     token = 2 * p.weights / rate
@@ -55,7 +66,8 @@ def _compiled(p: Problem, execution: str) -> Cost:
     seconds = p.tokens * products * token
     if execution == "combine":
         products = 2 if p.pair else 1
-        form = min(combine_tokens(full, p.pair), 10 * BATCH) * max(1 + full - products, 0.5) * token
+        kinds = [(kind, int(bits)) for kind, bits, *_ in (spec.split(":") for spec, _ in p.vectors)]
+        form = min(combine_tokens(kinds, p.pair), 10 * BATCH) * max(1 + full - products, 0.5) * token
         seconds = p.tokens * products * token + (p.mixes or min(p.tokens, BATCH)) * form
     seconds += 2 * p.tokens * p.low_rank / rate
     read = (p.weights * p.itemsize + p.vector_bytes) / d.read_bandwidth

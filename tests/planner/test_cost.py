@@ -181,7 +181,7 @@ def test_the_plan_for_csrc_cpu_is_what_it_does(k: int, mixes: int, dtype: str, m
     """Where products decide: it forms mixes from `combine_tokens` tokens of each on."""
     monkeypatch.setattr(cpu, "resolve_backend", lambda device_type: "cpp")
     device = dataclasses.replace(cpu.device(2), read_bandwidth=1e15)
-    first = cpu.combine_tokens(k, dtype == "bfloat16")
+    first = cpu.combine_tokens([("dense", 0)] * k, dtype == "bfloat16")
     for tokens, execution in ((mixes * first // 2, "split"), (2 * mixes * first, "combine")):
         own = problem("dense", k, tokens, (688, 256), device=device, dtype=dtype, mixes=mixes)
         assert plan(own).execution == execution
