@@ -77,6 +77,17 @@ struct DenseMix {
     }
     if (deltas.size() != c.size() || c.size() > MOST_VECTORS) deltas.clear();
   }
+
+  // A row of the mix, so many inputs at a time that they stay in a first-level cache between sum and store.
+  void write(const Kernels& kernels, const Materialise& call, int64_t n, float* mix) const {
+    constexpr int64_t PART = 2048;
+    for (int64_t k = 0; k < call.in; k += PART) {
+      const int64_t count = std::min(PART, call.in - k);
+      kernels.mix_dense(call.weight, deltas.data(), c.data(), static_cast<int64_t>(c.size()), n, k, count, mix);
+      kernels.stream(mix, count, call.mix.dtype,
+                     static_cast<char*>(row_of(call.mix, n)) + k * item_size(call.mix.dtype));
+    }
+  }
 };
 
 }  // namespace
@@ -96,14 +107,13 @@ void materialise(const Materialise& call, Loop loop) {
         if (low != nullptr) own.store(mix.data(), call.in, call.low.dtype, low, nullptr);  // zeros
         continue;
       }
-      if (!dense.deltas.empty()) {
-        own.mix_dense(call.weight, dense.deltas.data(), dense.c.data(), static_cast<int64_t>(dense.deltas.size()), n,
-                      call.in, mix.data());
-      } else {
-        own.load_row(call.weight, n, call.in, mix.data());
-        for (int64_t i : c.used)
-          own.add_row(call.operands[static_cast<size_t>(i)], call.weight, n, c.of(0)[i], mix.data());
+      if (!dense.deltas.empty() && low == nullptr) {
+        dense.write(own, call, n, mix.data());
+        continue;
       }
+      own.load_row(call.weight, n, call.in, mix.data());
+      for (int64_t i : c.used)
+        own.add_row(call.operands[static_cast<size_t>(i)], call.weight, n, c.of(0)[i], mix.data());
       if (low == nullptr) {
         own.stream(mix.data(), call.in, call.mix.dtype, high);
       } else {

@@ -147,12 +147,13 @@ void add_row(const Operand& operand, const Matrix& weight, int64_t n, float c, f
   }
 }
 
-// Dense deltas and the base side by side, mix[k] = base[n][k] + sum_i c[i] deltas[i][n][k]: one pass over all of them.
+// Dense deltas and the base side by side, mix[k] = base[n][first + k] + sum_i c[i] deltas[i][n][first + k]: one pass
+// over all of them.
 template <int N, typename T>
-void mix_rows(const Matrix& base, const Matrix* deltas, const float* c, int64_t count, int64_t n, int64_t in,
-              float* mix) {
-  const T* rows[MOST_VECTORS + 1] = {reinterpret_cast<const T*>(base.row(n))};
-  for (int64_t i = 0; i < count; ++i) rows[i + 1] = reinterpret_cast<const T*>(deltas[i].row(n));
+void mix_rows(const Matrix& base, const Matrix* deltas, const float* c, int64_t count, int64_t n, int64_t first,
+              int64_t in, float* mix) {
+  const T* rows[MOST_VECTORS + 1] = {reinterpret_cast<const T*>(base.row(n)) + first};
+  for (int64_t i = 0; i < count; ++i) rows[i + 1] = reinterpret_cast<const T*>(deltas[i].row(n)) + first;
   int64_t k = 0;
   for (; k + 2 * N <= in; k += 2 * N) {
     prefetch(rows[0] + k, AHEAD_OF_MANY);
@@ -172,10 +173,10 @@ void mix_rows(const Matrix& base, const Matrix* deltas, const float* c, int64_t 
 }
 
 template <int N>
-void mix_dense(const Matrix& base, const Matrix* deltas, const float* c, int64_t count, int64_t n, int64_t in,
-               float* mix) {
-  if (base.dtype == DType::f32) return mix_rows<N, float>(base, deltas, c, count, n, in, mix);
-  mix_rows<N, uint16_t>(base, deltas, c, count, n, in, mix);
+void mix_dense(const Matrix& base, const Matrix* deltas, const float* c, int64_t count, int64_t n, int64_t first,
+               int64_t in, float* mix) {
+  if (base.dtype == DType::f32) return mix_rows<N, float>(base, deltas, c, count, n, first, in, mix);
+  mix_rows<N, uint16_t>(base, deltas, c, count, n, first, in, mix);
 }
 
 template <int N>

@@ -92,9 +92,10 @@ struct Kernels {
   // is.
   void (*product)(const uint16_t* high, const uint16_t* low, int64_t stride, const Inputs& x, int64_t m0,
                   int64_t tokens, float* sums);
-  // mix[k] = base[n][k] + sum_i c[i] deltas[i][n][k] of up to MOST_VECTORS dense deltas in the base's type.
-  void (*mix_dense)(const Matrix& base, const Matrix* deltas, const float* c, int64_t count, int64_t n, int64_t in,
-                    float* mix);
+  // mix[k] = base[n][first + k] + sum_i c[i] deltas[i][n][first + k], k < in, of up to MOST_VECTORS dense deltas in the
+  // base's type.
+  void (*mix_dense)(const Matrix& base, const Matrix* deltas, const float* c, int64_t count, int64_t n, int64_t first,
+                    int64_t in, float* mix);
   // mix[k] = base[n][k], or += c delta[n][k].
   void (*load_row)(const Matrix& matrix, int64_t n, int64_t in, float* mix);
   void (*add_row)(const Operand& operand, const Matrix& weight, int64_t n, float c, float* mix);
