@@ -11,6 +11,7 @@ from torch import nn
 
 import alignvec
 from alignvec import AlignvecError
+from tests.compilers import BACKENDS
 from tests.models import merged, random_vector, tiny
 
 
@@ -281,7 +282,7 @@ def test_save_pretrained_of_an_attached_model_saves_the_base(
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_compiled_fullgraph_follows_coefficients_without_recompiling(backend: str) -> None:
     model = tiny("Qwen3")
     vectors = {"a": random_vector(model, 1), "b": random_vector(model, 2)}

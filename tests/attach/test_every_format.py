@@ -13,6 +13,7 @@ import alignvec
 from alignvec import AlignmentVector, AlignvecError, formats
 from alignvec.fingerprint import identify
 from tests.attach.test_architectures import relative
+from tests.compilers import BACKENDS
 from tests.models import random_vector, tiny
 
 FORMATS = (
@@ -180,7 +181,7 @@ def test_saved_formats_attach_by_path(tmp_path: Path) -> None:
         alignment.detach()
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_compiled_fullgraph_with_mixed_formats(backend: str) -> None:
     model = model_of("Mistral")
     vectors = {"a": encoded(model, 1, *FORMATS), "b": encoded(model, 2, *FORMATS[3:], "dense")}
