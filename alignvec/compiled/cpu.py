@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from alignvec import compiled
+from alignvec.compiled.layout import layout
 from alignvec.kernels import eager
 from alignvec.kernels.operands import Operand
 from alignvec.planner.cpu import NEVER, combine_tokens
@@ -41,8 +42,6 @@ torch.library.define("alignvec::cpu_capability", "() -> str")
 compiled.load("cpu")
 
 DTYPES = (torch.float32, torch.bfloat16)
-KINDS = {"dense": 0, "codes": 1, "lossless": 2, "sparse": 3, "low-rank": 4}
-ZERO = 5  # a vector that leaves a weight alone: one zero, expanded
 
 
 def linear(
@@ -61,7 +60,8 @@ def linear(
 ) -> Tensor:
     """`kernels.eager.linear`, compiled: x [tokens, in], weight [out, in] -> [tokens, out]."""
     shared = (columns, table, rows, token_rows)
-    if weight.dtype != x.dtype or not _compiled(x, weight, bias, bias_deltas, operands=operands):
+    vectors = _with_zeros(operands)
+    if weight.dtype != x.dtype or not _compiled(x, weight, bias, bias_deltas, operands=vectors):
         return eager.linear(x, weight, bias, operands, bias_deltas, *shared, execution=execution, precision=precision)
     y = x.new_empty(x.shape[0], weight.shape[0])
     merged = precision == "merged"
@@ -69,7 +69,7 @@ def linear(
         how = combine_tokens(((o.kind, o.bits) for o in operands), pair=x.dtype == torch.bfloat16)
     else:
         how = NEVER if execution == "split" else 0  # a materialised mix is not kept here
-    torch.ops.alignvec.cpu_linear(x, weight, bias, *_layout(operands), bias_deltas, *shared, how, merged, y)
+    torch.ops.alignvec.cpu_linear(x, weight, bias, *layout(vectors), bias_deltas, *shared, how, merged, y)
     return y
 
 
@@ -84,10 +84,11 @@ def embedding(
 ) -> Tensor:
     """`kernels.eager.embedding`, compiled: ids [tokens], weight [vocabulary, dim] -> [tokens, dim]."""
     shared = (columns, table, rows, token_rows)
-    if not _compiled(weight, operands=operands):
+    vectors = _with_zeros(operands)
+    if not _compiled(weight, operands=vectors):
         return eager.embedding(ids, weight, operands, *shared)
     y = weight.new_empty(ids.shape[0], weight.shape[1])
-    torch.ops.alignvec.cpu_embedding(ids.long().contiguous(), weight, *_layout(operands), *shared, y)
+    torch.ops.alignvec.cpu_embedding(ids.long().contiguous(), weight, *layout(vectors), *shared, y)
     return y
 
 
@@ -102,8 +103,9 @@ def materialise(
     low: Tensor | None = None,
 ) -> None:
     """`kernels.eager.materialise`, compiled: weight, out and low [out, in], in storage of their own."""
-    if _compiled(weight, out, low, operands=operands):
-        torch.ops.alignvec.cpu_materialise(weight, *_layout(operands), columns, table, out, low)
+    vectors = _with_zeros(operands)
+    if _compiled(weight, out, low, operands=vectors):
+        torch.ops.alignvec.cpu_materialise(weight, *layout(vectors), columns, table, out, low)
     else:
         eager.materialise(weight, operands, columns, table, rows, out=out, low=low)
 
@@ -156,21 +158,15 @@ def _compiled(*tensors: Tensor | None, operands: Sequence[Operand] = ()) -> bool
     rows = [t for t in tensors if t is not None]
     for operand in operands:
         if operand.kind != "codes":
-            rows += [part for part in operand.parts if part.is_floating_point() and not _is_zero(operand)]
+            rows += [part for part in operand.parts if part.is_floating_point()]
     return all(t.dtype in DTYPES and (t.dim() == 0 or t.stride(-1) == 1 or t.shape[-1] < 2) for t in rows)
+
+
+def _with_zeros(operands: Sequence[Operand]) -> list[Operand]:
+    """The operands, those of vectors that leave the weight alone (one zero, expanded) marked as such."""
+    return [Operand("zero", (), operand.shape) if _is_zero(operand) else operand for operand in operands]
 
 
 def _is_zero(operand: Operand) -> bool:
     values = operand.parts[0]
     return operand.kind == "dense" and values.stride() == (0, 0) and values.numel() > 0 and not values[0, 0].item()
-
-
-def _layout(operands: Sequence[Operand]) -> tuple[list[int], list[Tensor]]:
-    """Four numbers an operand, and the tensors of all: what the operators' schemas carry."""
-    layout: list[int] = []
-    parts: list[Tensor] = []
-    for operand in operands:
-        zero = _is_zero(operand)
-        layout += (ZERO if zero else KINDS[operand.kind], operand.bits, operand.width, operand.group)
-        parts += () if zero else operand.parts
-    return layout, parts

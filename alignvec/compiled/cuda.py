@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from alignvec import compiled
+from alignvec.compiled.layout import layout
 from alignvec.kernels.operands import MAX_VECTORS, ROW, Operand
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ torch.library.define(
 )
 
 MAX_TOKENS = 16
-KINDS = {"dense": 0, "codes": 1, "lossless": 2}
+KINDS = ("dense", "codes", "lossless")
 
 
 def linear(
@@ -143,14 +144,14 @@ def decode(
     if y.numel():
         mixed = any(len({o.spec for o in p.operands if o.kind != "dense"}) > 1 for p in projections)
         partial = torch.empty(y.shape, dtype=torch.float32, device=x.device) if mixed else None
-        operands = [o for p in projections for o in p.operands]
+        numbers, parts = layout(o for p in projections for o in p.operands)
         torch.ops.alignvec.cuda_linear(
             x,
             [p.weight for p in projections],
             [p.bias for p in projections],
-            [number for o in operands for number in (KINDS[o.kind], o.bits, o.width, o.group)],
+            numbers,
             [len(p.operands) for p in projections],
-            [part for o in operands for part in o.parts],
+            parts,
             [p.bias_deltas for p in projections],
             [p.columns for p in projections],
             *(table, rows, token_rows, partial, stages, dependent, y),

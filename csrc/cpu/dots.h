@@ -82,23 +82,19 @@ void dots_codes(const Operand& operand, int64_t n0, const float* x, int64_t stri
     Tile<N, R, M> tile;
     tile.clear();
     for (int64_t k = first; k < last; k += operand.width) {
-      const int64_t run = k / operand.width;
-      const int64_t at = run / PLANES * operand.width;
-      const int plane = static_cast<int>(run % PLANES);
+      const Plane plane = plane_of(k, operand.width, PLANES);
       for (int j = 0; j < operand.width; j += N) {
         F<N> xs[M];
         unroll<M>([&](int m) ALIGNVEC_BODY { xs[m] = load<F<N>>(x + m * stride + k + j); });
         unroll<R>([&](int r) ALIGNVEC_BODY {
-          if (plane == 0) prefetch_tile<R>(operand, words[r] + at + j);
-          F<N> w = field<N, BITS>(load<I<N>>(words[r] + at + j), plane);
+          if (plane.number == 0) prefetch_tile<R>(operand, words[r] + plane.words + j);
+          F<N> w = field<N, BITS>(load<I<N>>(words[r] + plane.words + j), plane.number);
           unroll<M>([&](int m) ALIGNVEC_BODY { tile.sum[r][m] += w * xs[m]; });
         });
       }
     }
     unroll<R>([&](int r) ALIGNVEC_BODY {
-      const char* scales = operand.scales.row(clamped(n0 + r, operand));
-      const float scale = operand.scales.dtype == DType::f32 ? reinterpret_cast<const float*>(scales)[g]
-                                                             : widen_one(reinterpret_cast<const uint16_t*>(scales)[g]);
+      const float scale = item(operand.scales.row(clamped(n0 + r, operand)), operand.scales.dtype, g);
       unroll<M>([&](int m) ALIGNVEC_BODY { total.sum[r][m] += scale * tile.sum[r][m]; });
     });
   }
@@ -130,17 +126,15 @@ void dots_lossless(const Operand& operand, const Matrix& weight, int64_t n0, con
   Tile<N, R, M> tile;
   tile.clear();
   for (int64_t k0 = 0; k0 < operand.in; k0 += operand.width) {
-    const int64_t run = k0 / operand.width;
-    const int64_t at = run / PLANES * operand.width;
-    const int plane = static_cast<int>(run % PLANES);
+    const Plane plane = plane_of(k0, operand.width, PLANES);
     for (int j = 0; j < operand.width && k0 + j < operand.in; j += N) {
       const int64_t k = k0 + j;
       F<N> xs[M];
       unroll<M>([&](int m) ALIGNVEC_BODY { xs[m] = load<F<N>>(x + m * stride + k); });
       unroll<R>([&](int r) ALIGNVEC_BODY {
         F<N> w = k + N <= operand.in ? load_wide<N>(base[r] + k) : load_wide_some<N>(base[r] + k, operand.in - k);
-        if (plane == 0) prefetch_tile<R>(operand, words[r] + at + j);
-        F<N> delta = stepped<N, BITS>(load<I<N>>(words[r] + at + j), plane, w);
+        if (plane.number == 0) prefetch_tile<R>(operand, words[r] + plane.words + j);
+        F<N> delta = stepped<N, BITS>(load<I<N>>(words[r] + plane.words + j), plane.number, w);
         unroll<M>([&](int m) ALIGNVEC_BODY { tile.sum[r][m] += delta * xs[m]; });
       });
     }

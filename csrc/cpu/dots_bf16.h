@@ -137,9 +137,7 @@ void dots_planes_bf16(const Operand& operand, int64_t n0, const uint16_t* x, int
       if (++q == Integers<BITS>::PAIRS) q = 0, at += width;
     }
     unroll<R>([&](int r) ALIGNVEC_BODY {
-      const float scale =
-          (operand.scales.dtype == DType::f32 ? reinterpret_cast<const float*>(scales[r])[g]
-                                              : widen_one(reinterpret_cast<const uint16_t*>(scales[r])[g]));
+      const float scale = item(scales[r], operand.scales.dtype, g);
       unroll<M>([&](int m) ALIGNVEC_BODY { total.sum[r][m] += scale * tile.sum[r][m]; });
     });
   }

@@ -24,9 +24,9 @@ void aligned_row(const Operand& operand, const Matrix& weight, int64_t n, uint16
   const int32_t* words = operand.words + n * operand.words_stride;
   const int planes = 32 / operand.bits, zero = 1 << (operand.bits - 1), mask = (1 << operand.bits) - 1;
   for (int64_t k0 = 0; k0 < operand.in; k0 += operand.width) {
-    const int64_t run = k0 / operand.width;
-    const int32_t* at = words + run / planes * operand.width;
-    const int shift = static_cast<int>(run % planes) * operand.bits;
+    const Plane plane = plane_of(k0, operand.width, planes);
+    const int32_t* at = words + plane.words;
+    const int shift = plane.number * operand.bits;
     for (int64_t j = 0; j < operand.width && k0 + j < operand.in; ++j) {
       const int field = (at[j] >> shift) & mask;
       const int step = field == 0 ? 0 : field - zero;

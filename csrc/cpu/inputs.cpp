@@ -19,14 +19,14 @@ void pair_up(const uint16_t* x, int64_t in, int64_t width, uint16_t* paired) {
 }  // namespace
 
 PaddedInputs::PaddedInputs(const Kernels& kernels, const Matrix& x, int64_t tokens, int64_t in,
-                           const std::vector<const Operand*>& operands, bool tiles, Loop loop) {
-  const int64_t stride = inputs_.stride = (in + INPUT_PAD - 1) / INPUT_PAD * INPUT_PAD;
+                           const std::vector<Operand>& operands, bool tiles, Loop loop) {
+  const int64_t stride = inputs_.stride = padded_inputs(in);
   const size_t size = static_cast<size_t>((tokens + TILE_TOKENS - 1) * stride);
   bool f32 = false, bf16 = false, paired[3] = {false, false, false};
-  for (const Operand* operand : operands) {
-    const bool narrow = x.dtype == DType::bf16 && kernels.reads_bf16(*operand);
+  for (const Operand& operand : operands) {
+    const bool narrow = x.dtype == DType::bf16 && kernels.reads_bf16(operand);
     (narrow ? bf16 : f32) = true;
-    if (narrow && operand->kind != Kind::dense) paired[paired_index(operand->width)] = true;
+    if (narrow && operand.kind != Kind::dense) paired[paired_index(operand.width)] = true;
   }
   tiles = tiles && bf16;
   if (tiles)

@@ -14,7 +14,7 @@ namespace alignvec {
 class PaddedInputs {
  public:
   PaddedInputs(const Kernels& kernels, const Matrix& x, int64_t tokens, int64_t in,
-               const std::vector<const Operand*>& operands, bool tiles, Loop loop);
+               const std::vector<Operand>& operands, bool tiles, Loop loop);
 
   const Inputs& view() const { return inputs_; }
 

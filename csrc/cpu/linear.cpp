@@ -24,13 +24,7 @@ float rounded(float value, DType dtype) {
   return value;
 }
 
-float value_of(const Matrix& matrix, int64_t n, int64_t i) {
-  if (matrix.dtype == DType::f32) return reinterpret_cast<const float*>(matrix.row(n))[i];
-  const uint32_t bits = static_cast<uint32_t>(reinterpret_cast<const uint16_t*>(matrix.row(n))[i]) << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
+float value_of(const Matrix& matrix, int64_t n, int64_t i) { return item(matrix.row(n), matrix.dtype, i); }
 
 void write(const Matrix& y, int64_t m, int64_t n, float value) {
   char* at = const_cast<char*>(y.row(m)) + n * item_size(y.dtype);
@@ -133,7 +127,7 @@ std::vector<Factor> Call::factors(const Inputs& x, bool low_rank_only) {
       continue;
     }
     Inputs narrow;
-    narrow.stride = (own.rank + INPUT_PAD - 1) / INPUT_PAD * INPUT_PAD;
+    narrow.stride = padded_inputs(own.rank);
     low_.emplace_back(static_cast<size_t>((call_.tokens + TILE_TOKENS) * narrow.stride), 0.0f);
     float* t = low_.back().data();
     const Operand a = dense_operand(own.values, own.rank, own.in);
@@ -169,16 +163,10 @@ std::vector<Operand> readers(const Linear& call, const Coefficients& c, const Op
   return made;
 }
 
-std::vector<const Operand*> pointers(const std::vector<Operand>& operands) {
-  std::vector<const Operand*> made;
-  for (const Operand& operand : operands) made.push_back(&operand);
-  return made;
-}
-
 // A sum for the base and one for each vector, which meet their coefficients after the last input: rows may differ.
 void Call::run_split() {
   const std::vector<Operand> reading = readers(call_, c_, base_, true);
-  const PaddedInputs padded(kernels_, call_.x, call_.tokens, call_.in, pointers(reading), false, loop_);
+  const PaddedInputs padded(kernels_, call_.x, call_.tokens, call_.in, reading, false, loop_);
   const std::vector<Factor> vectors = factors(padded.view(), false);
   const int tile = call_.tokens == 1 ? 1 : TILE_TOKENS;
   const bool biased = call_.bias.data != nullptr, edited = call_.bias_deltas.data != nullptr;
@@ -221,8 +209,7 @@ void Call::run_combine() {
   std::vector<Operand> reading = readers(call_, c_, base_, false);
   reading[0] = mixed;
   if (call_.merged) reading.resize(1);
-  const PaddedInputs padded(kernels_, call_.x, call_.tokens, call_.in, pointers(reading), kernels_.product != nullptr,
-                            loop_);
+  const PaddedInputs padded(kernels_, call_.x, call_.tokens, call_.in, reading, kernels_.product != nullptr, loop_);
   const std::vector<Factor> narrow = call_.merged ? std::vector<Factor>() : factors(padded.view(), true);
   const int64_t tiles = std::clamp<int64_t>(MIX_BYTES / (call_.in * 4) / TILE_ROWS, 1, MIX_ROWS / TILE_ROWS);
   const int64_t block = kernels_.product != nullptr ? MIX_ROWS : tiles * TILE_ROWS;

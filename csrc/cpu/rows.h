@@ -58,16 +58,13 @@ void add_codes(const Operand& operand, int64_t n, float c, float* mix) {
   for (int64_t g = 0; g < operand.groups; ++g) {
     const int64_t first = g * operand.group;
     const int64_t last = operand.in - first < operand.group ? operand.in : first + operand.group;
-    const float scale =
-        c * (operand.scales.dtype == DType::f32 ? reinterpret_cast<const float*>(scales)[g]
-                                                : widen_one(reinterpret_cast<const uint16_t*>(scales)[g]));
+    const float scale = c * item(scales, operand.scales.dtype, g);
     for (int64_t k0 = first; k0 < last; k0 += operand.width) {
-      const int64_t run = k0 / operand.width;
-      const int32_t* at = words + run / PLANES * operand.width;
-      const int plane = static_cast<int>(run % PLANES);
+      const Plane plane = plane_of(k0, operand.width, PLANES);
+      const int32_t* at = words + plane.words;
       for (int64_t k = k0; k < k0 + operand.width && k < last; k += N) {
-        if (plane == 0) prefetch(at + k - k0, 4 * operand.words_stride);  // the next row's
-        add_lanes<N>(mix, k, last, scale * field<N, BITS>(load<I<N>>(at + k - k0), plane));
+        if (plane.number == 0) prefetch(at + k - k0, 4 * operand.words_stride);  // the next row's
+        add_lanes<N>(mix, k, last, scale * field<N, BITS>(load<I<N>>(at + k - k0), plane.number));
       }
     }
   }
@@ -79,13 +76,12 @@ void add_lossless(const Operand& operand, const Matrix& weight, int64_t n, float
   const int32_t* words = operand.words + n * operand.words_stride;
   const uint16_t* base = reinterpret_cast<const uint16_t*>(weight.row(n));
   for (int64_t k0 = 0; k0 < operand.in; k0 += operand.width) {
-    const int64_t run = k0 / operand.width;
-    const int32_t* at = words + run / PLANES * operand.width;
-    const int plane = static_cast<int>(run % PLANES);
+    const Plane plane = plane_of(k0, operand.width, PLANES);
+    const int32_t* at = words + plane.words;
     for (int64_t k = k0; k < k0 + operand.width && k < operand.in; k += N) {
-      if (plane == 0) prefetch(at + k - k0, 4 * operand.words_stride);
+      if (plane.number == 0) prefetch(at + k - k0, 4 * operand.words_stride);
       F<N> w = k + N <= operand.in ? load_wide<N>(base + k) : load_wide_some<N>(base + k, operand.in - k);
-      add_lanes<N>(mix, k, operand.in, c * stepped<N, BITS>(load<I<N>>(at + k - k0), plane, w));
+      add_lanes<N>(mix, k, operand.in, c * stepped<N, BITS>(load<I<N>>(at + k - k0), plane.number, w));
     }
   }
   const uint16_t* values = reinterpret_cast<const uint16_t*>(operand.values.data);
@@ -111,9 +107,7 @@ void add_sparse(const Operand& operand, int64_t n, float c, float* mix) {
 template <int N>
 void add_low_rank(const Operand& operand, int64_t n, float c, float* mix) {
   for (int64_t r = 0; r < operand.rank; ++r) {
-    const char* factors = operand.factor.row(n);
-    const float b = operand.factor.dtype == DType::f32 ? reinterpret_cast<const float*>(factors)[r]
-                                                       : widen_one(reinterpret_cast<const uint16_t*>(factors)[r]);
+    const float b = item(operand.factor.row(n), operand.factor.dtype, r);
     const char* row = operand.values.row(r);
     if (operand.values.dtype == DType::f32) {
       add_dense<N>(reinterpret_cast<const float*>(row), operand.in, c * b, mix);

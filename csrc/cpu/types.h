@@ -3,12 +3,28 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 namespace alignvec {
 
 enum class DType { f32, bf16 };
 
 inline int64_t item_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+// Item i of a row.
+inline float item(const char* row, DType dtype, int64_t i) {
+  float value;
+  uint32_t bits = 0;
+  if (dtype == DType::bf16) {
+    uint16_t upper;
+    std::memcpy(&upper, row + 2 * i, 2);
+    bits = static_cast<uint32_t>(upper) << 16;
+  } else {
+    std::memcpy(&bits, row + 4 * i, 4);
+  }
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
 
 // Rows of consecutive values, `stride` values apart.
 struct Matrix {
@@ -39,6 +55,17 @@ struct Operand {
   const int32_t* start = nullptr;    // lossless, sparse: where a row's values begin
   const int32_t* columns = nullptr;  // lossless: the columns of the values
 };
+
+// Where the fields of the inputs from k on, k a multiple of the width, lie in a row of bit planes.
+struct Plane {
+  int64_t words;
+  int number;
+};
+
+inline Plane plane_of(int64_t k, int width, int planes) {
+  const int64_t run = k / width;
+  return {run / planes * width, static_cast<int>(run % planes)};
+}
 
 inline Operand dense_operand(Matrix values, int64_t out, int64_t in) {
   Operand operand;
@@ -77,6 +104,7 @@ constexpr int TILE_TOKENS = 4;      // tokens, unless there is one
 constexpr int MOST_VECTORS = 16;    // that edit a weight, as kernels/operands.py has it
 constexpr int MIX_ROWS = 32;        // rows of a mix that a product takes
 constexpr int64_t INPUT_PAD = 128;  // activations are padded to a multiple: two planes of the largest width
+inline int64_t padded_inputs(int64_t inputs) { return (inputs + INPUT_PAD - 1) / INPUT_PAD * INPUT_PAD; }
 
 // The kernels of one instruction set. `weight` is the base, which lossless deltas are steps from.
 struct Kernels {
