@@ -102,6 +102,14 @@ def test_inputs_of_every_length(in_features, name):
         assert_one_rounding(implementation(name)(*args), reference.linear(*args))
 
 
+@pytest.mark.parametrize("name", ["cpp-split", "cpp-combine"])
+def test_no_inputs_leave_the_bias(name):
+    x, weight, bias, _, bias_deltas, *rest = Case(5, 6, 8, 2, bias=True).make()
+    vectors = [operands.dense(weight[:, :0])] * 2
+    args = (x[:, :0], weight[:, :0], bias, vectors, bias_deltas, *rest)
+    assert_one_rounding(implementation(name)(*args), reference.linear(*args))
+
+
 def test_the_same_call_gives_the_same_bits_with_any_number_of_threads():
     args = Case(40, 70, 300, 3, rows=2, bias=True).make()
     threads, seen = torch.get_num_threads(), []
