@@ -50,13 +50,14 @@ sanitize: $(VENV)/.csrc
 	fi
 
 # csrc/cpu's operators with the address and undefined-behaviour sanitizers; GCC's, since python has to load them first.
+# Their reports go to the process's stderr, which pytest must not hold back: it dies with them.
 SANITIZED = $(CURDIR)/build/sanitize
 sanitize-cpu: $(VENV)/.dev
 	CXX=$(CXX) ALIGNVEC_BUILD=cpu ALIGNVEC_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-lib $(SANITIZED)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 ALIGNVEC_BACKEND=cpp \
 	  ALIGNVEC_LIBRARY_CPU=$(SANITIZED)/alignvec/compiled/_cpu.abi3.so \
-	  $(BIN)/python -m pytest -q -k "cpp or test_cpu or test_levels" tests/csrc tests/kernels tests/attach/test_backends.py
+	  $(BIN)/python -m pytest -q --capture=sys -k "cpp or test_cpu or test_levels" tests/csrc tests/kernels tests/attach/test_backends.py
 
 $(BIN)/python:
 	@echo "Creating the virtual environment $(VENV)"
