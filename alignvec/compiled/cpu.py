@@ -1,7 +1,8 @@
 """csrc/cpu: the operators on a CPU, with the arguments of `kernels.eager`.
 
 float32 and bfloat16 are compiled, for activations, weights and deltas with consecutive inputs; float16, transposed
-weights and weights in another dtype than the activations go to `kernels.eager`. Coefficients are read on the host.
+weights, weights in another dtype than the activations and layers without inputs go to `kernels.eager`. Coefficients
+are read on the host.
 """
 
 from __future__ import annotations
@@ -156,6 +157,8 @@ def layer_norm(
 def _compiled(*tensors: Tensor | None, operands: Sequence[Operand] = ()) -> bool:
     """Whether csrc/cpu has what these tensors and operands need."""
     rows = [t for t in tensors if t is not None]
+    if any(0 in t.shape[-1:] for t in rows):
+        return False
     for operand in operands:
         if operand.kind != "codes":
             rows += [part for part in operand.parts if part.is_floating_point()]

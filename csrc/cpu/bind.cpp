@@ -84,6 +84,7 @@ void check_planes(const Operand& operand) {
 // The operands that `layout`, four numbers each (kind, bits, width, group), and the tensors of all of them stand for.
 std::vector<Operand> operands(const std::vector<int64_t>& layout, const std::vector<Tensor>& parts, int64_t out,
                               int64_t in) {
+  STD_TORCH_CHECK(in > 0, "weight: it must have inputs");
   std::vector<Operand> made;
   size_t at = 0;
   const auto next = [&]() -> const Tensor& {
@@ -104,7 +105,7 @@ std::vector<Operand> operands(const std::vector<int64_t>& layout, const std::vec
       operand = coded(operand, next(), operand.bits > 0 ? 32 / operand.bits : 0);
       check_planes(operand);
       operand.group = operand.group < in ? operand.group : (in + operand.width - 1) / operand.width * operand.width;
-      STD_TORCH_CHECK(operand.group % operand.width == 0, "scales: a group must be whole planes");
+      STD_TORCH_CHECK(operand.group > 0 && operand.group % operand.width == 0, "scales: a group must be whole planes");
       operand.groups = (in + operand.group - 1) / operand.group;
       operand.scales = matrix(next(), out, operand.groups, "scales");
     } else if (operand.kind == Kind::lossless) {

@@ -35,7 +35,6 @@ PaddedInputs::PaddedInputs(const Kernels& kernels, const Matrix& x, int64_t toke
   if (bf16) bf16_.resize(size);
   for (int i = 0; i < 3; ++i)
     if (paired[i]) paired_[i].resize(size);
-  if (in == 0) return;
   parallel(loop, tokens, std::max<int64_t>(1, 32768 / in), [&](int64_t first, int64_t last) {
     for (int64_t m = first; m < last; ++m) {
       if (f32) kernels.load_row(x, m, in, f32_.data() + m * stride);

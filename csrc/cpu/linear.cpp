@@ -211,8 +211,7 @@ void Call::run_combine() {
   if (call_.merged) reading.resize(1);
   const PaddedInputs padded(kernels_, call_.x, call_.tokens, call_.in, reading, kernels_.product != nullptr, loop_);
   const std::vector<Factor> narrow = call_.merged ? std::vector<Factor>() : factors(padded.view(), true);
-  const int64_t tiles =
-      std::clamp<int64_t>(MIX_BYTES / std::max<int64_t>(call_.in * 4, 1) / TILE_ROWS, 1, MIX_ROWS / TILE_ROWS);
+  const int64_t tiles = std::clamp<int64_t>(MIX_BYTES / (call_.in * 4) / TILE_ROWS, 1, MIX_ROWS / TILE_ROWS);
   const int64_t block = kernels_.product != nullptr ? MIX_ROWS : tiles * TILE_ROWS;
   parallel(loop_, (call_.out + block - 1) / block, 1, [&](int64_t first, int64_t last) {
     Mix mix(padded.view(), call_.merged || c_.used.empty(), call_.weight.dtype);

@@ -121,11 +121,13 @@ def test_the_same_call_gives_the_same_bits_with_any_number_of_threads():
 
 
 def test_what_is_not_compiled_goes_to_torch():
-    """float16, and activations in another dtype than the weight."""
+    """float16, activations in another dtype than the weight, and layers without inputs."""
     x, weight, *rest = Case(5, 40, 70, 3, bias=True).make()
     for other in (x.half(), x.float()):
         args = (other, weight.to(torch.float16) if other.dtype == torch.float16 else weight, *rest)
         assert torch.equal(cpu.linear(*args), eager.linear(*args))
+    args = (x[:, :0], weight[:, :0], rest[0], [operands.dense(weight[:, :0])] * 3, *rest[2:])
+    assert torch.equal(cpu.linear(*args), eager.linear(*args))
 
 
 def _with(position, value):
@@ -139,6 +141,22 @@ def _with(position, value):
     args = [x, weight, bias, layout, parts, bias_deltas, columns, table, rows, None, 0, False, y]
     args[position] = value(args[position])
     return args
+
+
+def test_a_layer_without_inputs_is_refused():
+    args = _with(0, lambda x: x[:, :0])
+    args[1] = args[1][:, :0]
+    with pytest.raises(RuntimeError, match="weight: it must have inputs"):
+        torch.ops.alignvec.cpu_linear(*args)
+
+
+def test_groups_of_nothing_are_refused():
+    x, weight, _, vectors, _, columns, table, rows, _ = Case(4, 40, 70, 2, format="int4:32").make()
+    layout = [number for o in vectors for number in (1, o.bits, o.width, 0)]
+    parts = [part for o in vectors for part in o.parts]
+    y = torch.empty(4, 40, dtype=BF16)
+    with pytest.raises(RuntimeError, match="a group must be whole planes"):
+        torch.ops.alignvec.cpu_linear(x, weight, None, layout, parts, None, columns, table, rows, None, 0, False, y)
 
 
 @pytest.mark.parametrize(
