@@ -228,7 +228,8 @@ def test_an_error_in_the_middle_leaves_nothing(
 
 
 SLOW = """
-import sys, time, alignvec
+import signal, sys, time, alignvec
+signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background inherit that it is ignored
 module = sys.modules["alignvec.extract"]
 whole = module.difference
 def slow(*arguments):
