@@ -378,7 +378,7 @@ def materialise(
 def rms_norm(
     x: Tensor,
     weight: Tensor,
-    deltas: Tensor,
+    deltas: Tensor | None,
     columns: Tensor,
     table: Tensor,
     rows: Tensor,

@@ -85,7 +85,7 @@ def norm_kernel(
 def rms_norm(
     x: Tensor,
     weight: Tensor,
-    deltas: Tensor,
+    deltas: Tensor | None,
     columns: Tensor,
     table: Tensor,
     rows: Tensor,

@@ -114,7 +114,7 @@ def materialise(
 def rms_norm(
     x: Tensor,
     weight: Tensor,
-    deltas: Tensor,
+    deltas: Tensor | None,
     columns: Tensor,
     table: Tensor,
     rows: Tensor,
@@ -130,6 +130,22 @@ def rms_norm(
     y = x.new_empty(x.shape)
     torch.ops.alignvec.cpu_norm(x, weight, None, deltas, None, *shared, eps, offset, False, y)
     return y
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    deltas: Tensor | None,
+    columns: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    *,
+    eps: float,
+    offset: float = 0.0,
+) -> Tensor:
+    """`residual += x`, then `rms_norm` of it: x, residual [tokens, features], deltas [k, features] or None."""
+    return rms_norm(residual.add_(x), weight, deltas, columns, table, rows, eps=eps, offset=offset)
 
 
 def layer_norm(

@@ -13,21 +13,23 @@ from torch import Tensor
 from alignvec import planner
 
 
-def kernel(device: torch.device, backend: str, family: str, name: str) -> Callable[..., Any]:
-    """`name` of a family of operators other than linear layers, as `backend` has it for tensors on `device`."""
-    return _load(planner.beside_linear(device.type, backend), family, name)
+def kernel(device: torch.device, backend: str, family: str, name: str, eager: str = "eager") -> Callable[..., Any]:
+    """`name` of a family of operators other than linear layers, as `backend` has it for tensors on `device`.
+
+    eager: the module of its torch version, which also serves "cpp" where csrc/cpu has none of that name.
+    """
+    return _load(planner.beside_linear(device.type, backend), family, name, eager)
 
 
 @functools.cache
-def _load(backend: str, family: str, name: str) -> Callable[..., Any]:
+def _load(backend: str, family: str, name: str, eager: str) -> Callable[..., Any]:
     # On first use: importing alignvec does not import triton, nor load a library.
-    modules = {
-        "triton": f"alignvec.kernels.{family}",
-        "cpp": "alignvec.compiled.cpu",
-        "torch": "alignvec.kernels.eager",
-    }
-    function: Callable[..., Any] = getattr(importlib.import_module(modules[backend]), name)
-    return function
+    function: Callable[..., Any]
+    if backend == "triton":
+        function = getattr(importlib.import_module(f"alignvec.kernels.{family}"), name)
+        return function
+    function = getattr(importlib.import_module(f"alignvec.kernels.{eager}"), name)
+    return function if backend == "torch" else getattr(importlib.import_module("alignvec.compiled.cpu"), name, function)
 
 
 def no_gradients(inputs: tuple[Any, ...]) -> list[Any]:

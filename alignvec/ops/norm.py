@@ -12,7 +12,7 @@ from alignvec.ops.backend import kernel
 
 torch.library.define(
     "alignvec::rms_norm",
-    "(Tensor x, Tensor weight, Tensor deltas, Tensor columns, Tensor table, Tensor rows, float eps, float offset, "
+    "(Tensor x, Tensor weight, Tensor? deltas, Tensor columns, Tensor table, Tensor rows, float eps, float offset, "
     "str backend) -> Tensor",
 )
 torch.library.define(
@@ -28,7 +28,7 @@ layer_norm = torch.ops.alignvec.layer_norm
 def _rms_norm(
     x: Tensor,
     weight: Tensor,
-    deltas: Tensor,
+    deltas: Tensor | None,
     columns: Tensor,
     table: Tensor,
     rows: Tensor,
@@ -36,7 +36,7 @@ def _rms_norm(
     offset: float,
     backend: str,
 ) -> Tensor:
-    """`x / rms(x) (offset + w + sum_i table[row, columns[i]] d_i)`: x [..., features], deltas [k, features]."""
+    """`x / rms(x) (offset + w + sum_i table[row, columns[i]] d_i)`: x [..., features], deltas [k, features] or None."""
     run = kernel(x.device, backend, "norm", "rms_norm")
     flat = x.reshape(-1, x.shape[-1])
     y: Tensor = run(flat, weight, deltas, columns, table, rows, eps=eps, offset=offset)
