@@ -1,4 +1,9 @@
-"""Results as data: where and with what they were measured, written beside and renamed, one device a file."""
+"""Results as data: where and with what they were measured, written beside and renamed, one device a file.
+
+A row of the suite (`bench/suite/case.py`) has `section`, `name`, `parameters`, `unit`, `better`, `target`; `median`,
+`p20`, `p80` and the number of `samples`, or the reason why it is `missing`; and the `commit` and `date` of its run. Rows
+of the other benchmarks are described where they are made.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +14,18 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 import typer
 
 from alignvec.errors import AlignvecError
 
 RESULTS = Path(__file__).parent / "results"
+Row = dict[str, Any]
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -48,6 +55,14 @@ def device_name(device: str) -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
     return model or platform.processor() or platform.machine()
+
+
+def spread(samples: Sequence[float]) -> Row:
+    """The median of some samples, the range from p20 to p80, and how many they are; of none, nothing."""
+    if not samples:
+        return {"median": None, "p20": None, "p80": None, "samples": 0}
+    low, middle, high = (float(value) for value in numpy.percentile(samples, (20, 50, 80)))
+    return {"median": middle, "p20": low, "p80": high, "samples": len(samples)}
 
 
 def refuse(path: Path, record: dict[str, Any]) -> None:

@@ -39,17 +39,26 @@ class Times:
 
 
 def times(cases: Mapping[str, Sequence[Call]], device: str, repeats: int) -> dict[str, Times]:
-    """The times of each case: the same call on as many copies of its weights as the caches cannot hold.
+    """The times of each case, of `samples`."""
+    return {name: Times.of(taken) for name, taken in samples(cases, device, repeats).items()}
 
-    On a GPU a CUDA graph replays the calls of a case one after another, and a sample is their mean; on a CPU each
-    sample is the next of them. Slow cases have fewer samples, LEAST at the least.
+
+def samples(
+    cases: Mapping[str, Sequence[Call]], device: str, repeats: int, *, graphs: bool = True
+) -> dict[str, list[float]]:
+    """Seconds of each case: the same call on as many copies of its weights as the caches cannot hold.
+
+    On a GPU a CUDA graph replays the calls of a case one after another, and a sample is their mean; on a CPU, and on a
+    GPU without `graphs`, each sample is the next of them. Slow cases have fewer samples, LEAST at the least.
     """
-    samples: dict[str, list[float]] = {name: [] for name in cases}
-    if graphed := device.startswith("cuda"):
+    taken: dict[str, list[float]] = {name: [] for name in cases}
+    cuda = device.startswith("cuda")
+    graphed = cuda and graphs
+    if graphed:
         stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()  # no outputs are read: graphs share memory
         runs = {name: _replay(calls, stream, pool) for name, calls in cases.items()}
     else:
-        runs = {name: _in_turn(calls) for name, calls in cases.items()}
+        runs = {name: _in_turn(calls, _until_done if cuda else _on_host) for name, calls in cases.items()}
     counts = {}
     for name, run in runs.items():
         seconds = [run() for _ in range(WARM_UP)][-1] * (len(cases[name]) if graphed else 1)
@@ -57,12 +66,25 @@ def times(cases: Mapping[str, Sequence[Call]], device: str, repeats: int) -> dic
     for turn in range(repeats):
         for name, run in runs.items():
             if turn < counts[name]:
-                samples[name].append(run())
+                taken[name].append(run())
     del runs
     gc.collect()  # graphs hold their memory
     if graphed:
         torch.cuda.empty_cache()
-    return {name: Times.of(taken) for name, taken in samples.items()}
+    return taken
+
+
+def host_samples(cases: Mapping[str, Call], device: str, repeats: int) -> dict[str, list[float]]:
+    """Seconds until each call returns, in turn; what it left to a GPU is waited for, uncounted."""
+    taken: dict[str, list[float]] = {name: [] for name in cases}
+    for turn in range(-WARM_UP, repeats):
+        for name, call in cases.items():
+            seconds = _on_host(call)
+            if device.startswith("cuda"):
+                torch.cuda.synchronize(device)
+            if turn >= 0:
+                taken[name].append(seconds)
+    return taken
 
 
 def _replay(calls: Sequence[Call], stream: torch.cuda.Stream, pool: Any) -> Callable[[], float]:
@@ -89,18 +111,33 @@ def _replay(calls: Sequence[Call], stream: torch.cuda.Stream, pool: Any) -> Call
     return run
 
 
-def _in_turn(calls: Sequence[Call]) -> Callable[[], float]:
+def _in_turn(calls: Sequence[Call], clock: Callable[[Call], float]) -> Callable[[], float]:
     turn = 0
 
     def run() -> float:
         nonlocal turn
         call = calls[turn % len(calls)]
         turn += 1
-        begin = time.perf_counter()
-        call()
-        return time.perf_counter() - begin
+        return clock(call)
 
     return run
+
+
+def _on_host(call: Call) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def _until_done(call: Call) -> float:
+    """On the GPU's clock: from where the call begins to queue its work until that is done."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return 1e-3 * begin.elapsed_time(end)
 
 
 def copies(nbytes: int, device: str) -> int:
