@@ -1,8 +1,8 @@
 """Results as data: where and with what they were measured, written beside and renamed, one device a file.
 
 A row of the suite (`bench/suite/case.py`) has `section`, `name`, `parameters`, `unit`, `better`, `target`; `median`,
-`p20`, `p80` and the number of `samples`, or the reason why it is `missing`; and the `commit` and `date` of its run. Rows
-of the other benchmarks are described where they are made.
+`p20`, `p80` and the number of `samples`, or why it is `missing`; and the `commit` and `date` of its run. Rows of the
+other benchmarks are described where they are made.
 """
 
 from __future__ import annotations
