@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from alignvec.kernels.reference import token_coefficients
 from bench.layers import Coefficients, Weights
 
 Call = Callable[[], object]
+EXPRESSION, COMPILED = "torch expression", "torch.compile"
 CHAIN = "torch copy, add_"  # what users write to merge again
 
 
@@ -63,22 +65,34 @@ def remerges(
     factors = [float(value) for value in c.table[0, c.columns]]
     live = c.table[0, c.columns]
 
-    def expression() -> None:
-        total = w
-        for factor, delta in zip(factors, deltas, strict=True):
-            total = total + factor * delta
-        out.copy_(total)
-
-    def in_place() -> None:
-        out.copy_(w)
-        for factor, delta in zip(factors, deltas, strict=True):
-            out.add_(delta, alpha=factor)
-
-    calls: dict[str, Call] = {"torch expression": expression, CHAIN: in_place}
+    calls: dict[str, Call] = {
+        EXPRESSION: partial(expression, out, w, factors, deltas),
+        CHAIN: partial(in_place, out, w, factors, deltas),
+    }
     if compiled:
-        run = _compiled()
-        calls["torch.compile"] = lambda: run(out, w, live, *deltas)
+        run = compiled_mix()
+        calls[COMPILED] = lambda: run(out, w, live, *deltas)
     return calls
+
+
+def expression(out: Tensor, w: Tensor, factors: Sequence[float], deltas: Sequence[Tensor]) -> None:
+    """The formula as it is written down: w + c_1 d_1 + ... + c_k d_k, a tensor a step."""
+    total = w
+    for factor, delta in zip(factors, deltas, strict=True):
+        total = total + factor * delta
+    out.copy_(total)
+
+
+def in_place(out: Tensor, w: Tensor, factors: Sequence[float], deltas: Sequence[Tensor]) -> None:
+    """Additions into the copy that is written."""
+    out.copy_(w)
+    for factor, delta in zip(factors, deltas, strict=True):
+        out.add_(delta, alpha=factor)
+
+
+def compiled_mix() -> Callable[..., None]:
+    """`_mix(out, w, live, *deltas)` by torch.compile: float32 sums, coefficients float32 [k] on the device."""
+    return torch.compile(_mix, dynamic=False, fullgraph=True)
 
 
 def _mix(out: Tensor, w: Tensor, live: Tensor, *deltas: Tensor) -> None:
@@ -86,10 +100,6 @@ def _mix(out: Tensor, w: Tensor, live: Tensor, *deltas: Tensor) -> None:
     for i, delta in enumerate(deltas):
         total = total + live[i] * delta.float()
     out.copy_(total)
-
-
-def _compiled() -> Callable[..., None]:
-    return torch.compile(_mix, dynamic=False, fullgraph=True)
 
 
 def _stacked(vectors: Sequence[Sequence[Operand]]) -> list[Tensor]:

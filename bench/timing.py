@@ -44,12 +44,13 @@ def times(cases: Mapping[str, Sequence[Call]], device: str, repeats: int) -> dic
 
 
 def samples(
-    cases: Mapping[str, Sequence[Call]], device: str, repeats: int, *, graphs: bool = True
+    cases: Mapping[str, Sequence[Call]], device: str, repeats: int, *, graphs: bool = True, least: int = LEAST
 ) -> dict[str, list[float]]:
     """Seconds of each case: the same call on as many copies of its weights as the caches cannot hold.
 
     On a GPU a CUDA graph replays the calls of a case one after another, and a sample is their mean; on a CPU, and on a
-    GPU without `graphs`, each sample is the next of them. Slow cases have fewer samples, LEAST at the least.
+    GPU without `graphs`, each sample is the next of them. Slow cases have fewer samples, `least` at the least, and are
+    called only once before, not WARM_UP times, where they take longer than SECONDS.
     """
     taken: dict[str, list[float]] = {name: [] for name in cases}
     cuda = device.startswith("cuda")
@@ -61,8 +62,11 @@ def samples(
         runs = {name: _in_turn(calls, _until_done if cuda else _on_host) for name, calls in cases.items()}
     counts = {}
     for name, run in runs.items():
-        seconds = [run() for _ in range(WARM_UP)][-1] * (len(cases[name]) if graphed else 1)
-        counts[name] = min(repeats, max(LEAST, int(SECONDS / max(seconds, 1e-9))))
+        seconds = run()
+        for _ in range(WARM_UP - 1 if seconds < SECONDS else 0):
+            seconds = run()
+        seconds *= len(cases[name]) if graphed else 1
+        counts[name] = min(repeats, max(least, int(SECONDS / max(seconds, 1e-9))))
     for turn in range(repeats):
         for name, run in runs.items():
             if turn < counts[name]:

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
 from alignvec import AlignmentVector, formats
-from alignvec.formats import Encoded, Spec, bits
+from alignvec.formats import Encoded, Spec
 from alignvec.recipes.models import model_path
 from bench.suite.case import Setting
 
 WEIGHT_STD, DELTA_STD = 0.02, 2e-5  # as in a 7B model after preference tuning
+DRAWN = 1 << 20
 LEVELS = {"int8": 73.9, "int4": 4.61}  # standard deviation of codes that are all equally likely
 CONFIGS: dict[str, dict[str, Any]] = {
     "mistral-7b": dict(
@@ -39,18 +40,28 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+def config(setting: Setting) -> transformers.PreTrainedConfig:
+    """The setting's architecture."""
+    if setting.model == "tiny":
+        return transformers.AutoConfig.from_pretrained(model_path("base"))
+    sizes = CONFIGS[setting.model]
+    return transformers.MistralConfig(**sizes, max_position_embeddings=32768, sliding_window=None)
+
+
 def build(setting: Setting) -> nn.Module:
     """The setting's model on its device, in eval mode: random weights in bfloat16, or the shipped base in float32."""
     disable_progress_bar()
     if setting.model == "tiny":
         loaded = transformers.AutoModelForCausalLM.from_pretrained(model_path("base"), dtype=torch.float32)
         return loaded.to(setting.device).eval()
-    config = transformers.MistralConfig(
-        **CONFIGS[setting.model], max_position_embeddings=32768, sliding_window=None, initializer_range=WEIGHT_STD
-    )
-    torch.manual_seed(0)
-    with torch.device(setting.device):
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config(setting), dtype=torch.bfloat16)
+    model.to_empty(device=setting.device)
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(setting.device)  # its buffers are computed
+    generator = torch.Generator(setting.device).manual_seed(0)
+    for value in model.parameters():
+        value.data.fill_(1) if value.dim() == 1 else _fill(value.data, WEIGHT_STD, generator)
+    return model.eval()
 
 
 def vectors(model: nn.Module, text: str, k: int) -> dict[str, AlignmentVector]:
@@ -79,32 +90,45 @@ def parameter_bytes(model: nn.Module) -> int:
 
 
 def _delta(spec: Spec, value: Tensor, generator: torch.Generator) -> Tensor | Encoded:
-    """A random delta of one parameter; those of one dimension are dense. Lossless ones are encoded, others drawn."""
+    """A random delta of one parameter; those of one dimension are dense."""
     if value.dim() < 2 or spec.name == "dense":
-        return _normal(value.shape, DELTA_STD, value.dtype, generator)
-    if spec.name == "lossless":
-        base = value.to(torch.bfloat16)
-        aligned = base + _normal(value.shape, DELTA_STD, torch.bfloat16, generator)
-        return formats.encode(spec, aligned.float() - base.float(), base, aligned=aligned)
+        return _fill(torch.empty_like(value), DELTA_STD, generator)
+    if spec.name in ("lossless", "sparse"):
+        return _repeated(spec, value, generator)
     shape, options = tuple(value.shape), dict(spec.options)
-    sizes = formats.layout(spec.name, shape, options)
-    if spec.name == "sparse":
-        mask = torch.rand(shape, generator=generator, device=value.device) < float(options["density"])
-        std = DELTA_STD / math.sqrt(float(options["density"]))
-        values = _normal((int(mask.sum()),), std, torch.bfloat16, generator)
-        return Encoded(spec.name, shape, options, {"bitmap": bits.pack(mask.view(torch.uint8), 1), "values": values})
-    std = math.sqrt(DELTA_STD / math.sqrt(float(options["rank"]))) if spec.name == "low-rank" else 0.0
     parts = {}
-    for part, (dtype, size) in sizes.items():
+    for part, (dtype, size) in formats.layout(spec.name, shape, options).items():
+        made = parts[part] = torch.empty(size, dtype=dtype, device=value.device)
         if part == "scales":
-            parts[part] = torch.full(size, DELTA_STD / LEVELS.get(spec.name, 1.0), dtype=dtype, device=value.device)
-        elif dtype.is_floating_point:
-            parts[part] = _normal(size, std, dtype, generator)
+            made.fill_(DELTA_STD / LEVELS.get(spec.name, 1.0))
+        elif spec.name == "low-rank":
+            _fill(made, math.sqrt(DELTA_STD / math.sqrt(float(options["rank"]))), generator)
         else:
-            drawn = torch.empty(size, dtype=torch.uint8, device=value.device).random_(generator=generator)
-            parts[part] = drawn.view(dtype)
+            made.view(torch.uint8).random_(generator=generator)
     return Encoded(spec.name, shape, options, parts)
 
 
-def _normal(shape: Any, std: float, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=generator.device).normal_(0, std, generator=generator)
+def _repeated(spec: Spec, value: Tensor, generator: torch.Generator) -> Encoded:
+    """The encoding of some rows, again and again: as many entries aside, or values kept, as all rows would have."""
+    rows = math.gcd(len(value), 256)
+    times = len(value) // rows
+    base = value[:rows].bfloat16()
+    delta, aligned = _fill(torch.empty_like(base), DELTA_STD, generator), None
+    if spec.name == "lossless":
+        aligned = base + delta
+        delta = aligned.float() - base.float()
+    some = formats.encode(spec, delta, base, aligned=aligned)
+    parts = {part: own.repeat(times, *[1] * (own.dim() - 1)) for part, own in some.parts.items()}
+    if "side_start" in parts:
+        counts = some.parts["side_start"].diff().repeat(times)
+        parts["side_start"] = nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+    return Encoded(spec.name, tuple(value.shape), some.options, parts)
+
+
+def _fill(out: Tensor, std: float, generator: torch.Generator) -> Tensor:
+    """Normal numbers, the first DRAWN of them again and again: on a CPU drawing takes longer than what is timed."""
+    flat = out.view(-1)
+    flat[:DRAWN].normal_(0, std, generator=generator)
+    for start in range(DRAWN, flat.numel(), DRAWN):
+        flat[start : start + DRAWN] = flat[: min(DRAWN, flat.numel() - start)]
+    return out

@@ -9,7 +9,10 @@ from types import ModuleType
 from alignvec.errors import AlignvecError
 from bench.record import Row
 
-SECTIONS = ("memory",)
+SECTIONS = (
+    "switching",
+    "memory",
+)
 
 
 def section(name: str) -> ModuleType:

@@ -8,12 +8,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+import alignvec
 from alignvec.errors import AlignvecError
-from bench import record, run
+from bench import opponents, record, run
 from bench.record import Row
-from bench.suite import registry
+from bench.suite import models, registry, switching
 from bench.suite.case import Case, Setting, median_of
+from bench.suite.remerge import Remerge, store
 from bench.suite.report import shown, verdict
 
 CASES = (
@@ -131,3 +134,81 @@ def test_memory(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     dense = median_of(rows, "dense", mixes=1)
     assert 4 * one < dense < 4.1 * one  # type: ignore[operator]
     assert one < median_of(rows, "sign", mixes=30) < 1.25 * one  # type: ignore[operator]
+
+
+def test_switching(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(switching.importlib.util, "find_spec", lambda name: None)
+    run.main(["switching"], device="cpu", quick=True, output=tmp_path / "suite.json")
+    rows = record.read(tmp_path / "suite.json")["rows"]
+    assert {row["name"] for row in rows if row["missing"]} == {switching.PEFT, opponents.COMPILED}
+    once = {name: median_of(rows, name, clock="device") for name in (switching.ONE_PASS["dense"], switching.SWITCH)}
+    assert median_of(rows, switching.RATIO) == once[switching.ONE_PASS["dense"]] / once[switching.SWITCH]  # type: ignore[operator]
+
+
+def test_a_gpu_has_graphs_and_two_clocks() -> None:
+    listed = switching.cases(Setting("mistral-7b", "cuda"))
+    clocks = [(c.parameters["clock"], c.parameters["graph"]) for c in listed if c.name == switching.ONE_PASS["dense"]]
+    assert clocks == [("host", False), ("device", False), ("device", True)]
+    assert next(case for case in listed if case.name == switching.RATIO).target == 1000
+    assert not any(case.missing for case in listed if case.name == opponents.COMPILED)
+
+
+def test_files_that_do_not_fit_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = Setting("tiny", "cpu", quick=True)
+    free = 1.5 * models.parameter_bytes(models.build(setting))
+    monkeypatch.setattr(switching.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    chosen = [case for case in switching.cases(setting) if case.name in (switching.LOAD, switching.FROM_FILES)]
+    missing = {row["name"]: row["missing"] for row in _measured(switching, setting, chosen)}
+    assert missing[switching.LOAD] is None
+    assert "do not fit in the 0 GB" in missing[switching.FROM_FILES]
+
+
+def _measured(section: Any, setting: Setting, chosen: Sequence[Case]) -> list[Row]:
+    """The rows of some cases, with those that they are compared with."""
+    wanted = [case for case in section.cases(setting) if not case.missing]
+    return [row for row in section.measure(setting, wanted) if row["name"] in {case.name for case in chosen}]
+
+
+def test_every_re_merge_writes_the_same_mix(tmp_path: Path) -> None:
+    model = models.build(Setting("tiny", "cpu"))
+    vectors = models.vectors(model, "dense", 2)
+    mix = {"v1": 300.0, "v2": -200.0}
+    alignment = alignvec.attach(model, vectors)
+    merge = Remerge(alignment, mix)
+    base, *others = store(tmp_path, model, vectors)
+    ways = merge.by_torch()
+    ways |= {"one pass": merge.one_pass, "files": lambda: merge.from_files(base, tuple(others))}
+    del ways[opponents.COMPILED]
+    for name, call in ways.items():
+        for out in merge.outs.values():
+            out.fill_(float("nan"))
+        call()
+        for full, parameter in model.named_parameters():
+            truth = parameter.double() + sum(c * vectors[label][full].double() for label, c in mix.items())
+            torch.testing.assert_close(merge.outs[parameter].double(), truth, msg=f"{name}: {full}", rtol=0, atol=1e-6)
+    merge.load(base)
+    assert all(torch.equal(out, parameter) for parameter, out in merge.outs.items())
+
+
+@pytest.mark.parametrize("text", ["dense", "lossless", "int8", "int4:group=64", "sign", "low-rank:rank=8", "sparse"])
+def test_random_vectors_have_the_size_of_real_ones(text: str) -> None:
+    model = models.build(Setting("tiny", "cpu"))
+    made = models.vectors(model, text, 2)
+    assert list(made) == ["v1", "v2"]
+    first, second = made.values()
+    assert set(first) == {name for name, _ in model.named_parameters()}
+    if text != "lossless":  # its steps are the base's, and of float32 ones there are none
+        name = "model.layers.0.mlp.down_proj.weight"
+        assert first[name].float().std() == pytest.approx(2e-5, rel=0.35)
+        assert text in ("sign", "int8", "int4:group=64") or not torch.equal(first[name], second[name])
+    alignment = alignvec.attach(model, made)
+    alignment.set(v1=1.0)
+    logits = model(torch.tensor([[1, 2, 3]])).logits
+    assert logits.isfinite().all()
+    alignment.detach()
+
+
+def test_mixes_differ() -> None:
+    made = models.mixes(16, 3)
+    assert len({tuple(mix.values()) for mix in made}) == 16
+    assert all(value for mix in made for value in mix.values())
