@@ -7,6 +7,7 @@ from alignvec.alignment import Alignment
 from alignvec.attach import attach
 from alignvec.check import check
 from alignvec.convert import convert
+from alignvec.decoding import Decoder, Sampling
 from alignvec.errors import AlignvecError
 from alignvec.extract import extract
 from alignvec.merge import merge
@@ -19,6 +20,8 @@ __all__ = [
     "Alignment",
     "AlignmentVector",
     "AlignvecError",
+    "Decoder",
+    "Sampling",
     "attach",
     "check",
     "convert",

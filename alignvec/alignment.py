@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,6 +15,9 @@ from alignvec.coefficients import Coefficients
 from alignvec.errors import AlignvecError
 from alignvec.materialised import Buffers, Edited, Materialised
 from alignvec.modules import Aligned
+
+if TYPE_CHECKING:
+    from alignvec.decoding import Decoder
 
 Mix = Mapping[str, float]
 
@@ -52,6 +55,7 @@ class Alignment:
         self._materialised: Materialised | None = None
         self._buffers: Buffers = {}
         self._attached = False
+        self._changes = 0
         self._attach()
 
     def __repr__(self) -> str:
@@ -68,6 +72,21 @@ class Alignment:
         """What the next step will use: one mix by name, or after `set_rows` a list with one mix per row."""
         mixes = [dict(zip(self.names, mix, strict=True)) for mix in self._coefficients.mixes]
         return mixes[0] if len(mixes) == 1 else mixes
+
+    @property
+    def table(self) -> Coefficients | None:
+        """The coefficients that steps read; None while a mix is materialised."""
+        return self._coefficients if self._materialised is None else None
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The mix that the live weights hold; empty while they are the base's."""
+        return () if self._materialised is None else self._coefficients.mixes[0]
+
+    @property
+    def changes(self) -> int:
+        """How often the live weights moved to other memory, or modules were swapped."""
+        return self._changes
 
     def set(self, mix: Mix | None = None, /, **coefficients: float) -> None:
         """Give every row of every batch this mix; vectors left out get 0.
@@ -165,6 +184,7 @@ class Alignment:
         if wanted is not None:
             self._coefficients.write([wanted])
         if self._materialised is None:
+            self._changes += 1
             self._materialised = Materialised(self._backend, keep, self._buffers)
             for swap in self._swaps:
                 swap.put(swap.original)
@@ -183,10 +203,18 @@ class Alignment:
         """
         if self._materialised is None:
             raise AlignvecError("nothing is materialised; restore() undoes materialise()")
+        self._changes += 1
         self._materialised.undo()
         self._materialised = None
         for swap in self._swaps:
             swap.put(swap.aligned)
+
+    def decoder(self, **options: Any) -> Decoder:
+        """`alignvec.Decoder` of the model: rows that decode side by side, each under its own mix."""
+        from alignvec.decoding import Decoder
+
+        self._check_attached()
+        return Decoder(self.model, **options)
 
     def _edited(self) -> Iterator[Edited]:
         """Every edited parameter once: its module, its name there, deltas, and their columns."""

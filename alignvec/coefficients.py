@@ -50,6 +50,12 @@ class Table:
             else:
                 self.rows.copy_(rows, non_blocking=True)
 
+    def copy_rows(self, mixes: Sequence[tuple[float, ...]]) -> None:
+        """Write mixes to the first rows, and put those in use."""
+        with self._ordered():
+            self.table[: len(mixes)].copy_(torch.tensor(mixes, dtype=torch.float32, device="cpu"), non_blocking=True)
+            self.rows.fill_(len(mixes))
+
     def copy_to(self, other: Table) -> None:
         """Publish into `other`."""
         with self._ordered():
@@ -89,7 +95,8 @@ class Coefficients:
         self._staged: dict[torch.device, Table] = {}
         self._live: dict[torch.device, Table] = {}
         self._version = 0
-        self._published: dict[torch.device, int] = {}
+        self._published: dict[torch.device, object] = {}  # a version, or the rows that were lent
+        self._lent = False
         self.live(device)
 
     @property
@@ -156,6 +163,8 @@ class Coefficients:
 
         While a CUDA graph is captured the copy is always made: a replay then begins with what is staged at that time.
         """
+        if self._lent:
+            return
         with publish_lock:
             self.live_rows = len(self.mixes)
             for device, live in self._live.items():
@@ -163,9 +172,28 @@ class Coefficients:
                     self._staged[device].copy_to(live)
                     self._published[device] = self._version
 
-    def published(self, device: torch.device) -> int:
-        """A number that changes when the live table does."""
-        return self._published.get(device, -1)
+    @contextlib.contextmanager
+    def lent(self, mixes: Sequence[tuple[float, ...]], batch: int) -> Iterator[None]:
+        """Steps of `batch` sequences within read these rows; what is staged waits for the first step after.
+
+        The tables are written in the order of the stream, before any kernel of these steps: a captured graph that is
+        replayed within reads them, too.
+        """
+        rows = tuple(mixes)
+        with publish_lock:
+            self._lent, self.live_rows, self.batch = True, len(rows), batch
+            for device, live in self._live.items():
+                if self._published[device] != rows:
+                    live.copy_rows(rows)
+                    self._published[device] = rows
+        try:
+            yield
+        finally:
+            self._lent = False
+
+    def published(self, device: torch.device) -> object:
+        """What changes when the live table does."""
+        return self._published.get(device)
 
     def _stage(self, device: torch.device) -> None:
         self._staged[device].copy_(self._host, len(self.mixes))

@@ -1,0 +1,222 @@
+"""A decode step of the Llama family's layers in few launches: nine a layer, with its vectors or without.
+
+norm and residual, q/k/v, rotary embedding and cache, attention over what the cache holds, o, norm and residual, gate
+and up, activation, down. Models are recognised by their modules' names, and then by trying (`trial.py`): what computes
+the same as the model's own forward is that layer, whatever it is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alignvec import ops
+from alignvec.decoding.cache import RowCache
+from alignvec.edit import Edit
+from alignvec.kernels.operands import dense
+from alignvec.modules import Aligned, AlignedLinear, AlignedRootMeanSquare, root_mean_square
+
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+_MLP = {"gate_proj", "up_proj", "down_proj"}
+_LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+# What a configuration may ask for and these layers do not do.
+_FOREIGN = ("attn_logit_softcapping", "final_logit_softcapping", "attention_chunk_size", "no_rope_layers")
+
+
+class UnrecognisedError(Exception):
+    """The model is not of the family; the message says what is different."""
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Where coefficients are, and how operators are to run: the same for all modules of a model."""
+
+    table: Tensor
+    rows: Tensor
+    choices: tuple[str, str, str]
+    none: Tensor  # no columns
+
+    @classmethod
+    def of(cls, edit: Edit | None, device: torch.device) -> _Table:
+        none = torch.zeros(0, dtype=torch.int32, device=device)
+        if edit is None:
+            table = torch.zeros(1, 1, device=device)
+            return cls(table, torch.ones(1, dtype=torch.int32, device=device), ("auto", "exact", "auto"), none)
+        execution, precision, backend = edit.choices
+        choices = ("split" if execution == "materialise" else execution, precision, backend)
+        return cls(edit.table, edit.rows, choices, none)
+
+
+class _Linear:
+    """Linear layers that read the same x, in one call: [rows, in_features] -> [rows, sum of out_features]."""
+
+    def __init__(self, members: Sequence[nn.Linear], table: _Table) -> None:
+        edits = [member.edit if isinstance(member, AlignedLinear) else None for member in members]
+        deltas = [_weight_deltas(member, edit) for member, edit in zip(members, edits, strict=True)]
+        biases = [member.bias for member in members if member.bias is not None]
+        if len(biases) not in (0, len(members)):
+            raise UnrecognisedError("of the projections that read one tensor some have a bias and some have none")
+        self._layer = (
+            [member.weight for member in members],
+            biases,
+            [spec for specs, _ in deltas for spec in specs],
+            [len(specs) for specs, _ in deltas],
+            [part for _, parts in deltas for part in parts],
+            [None if edit is None else edit.stack("bias") for edit in edits],
+            [table.none if edit is None else edit.columns for edit in edits],
+            table.table,
+            table.rows,
+            None,
+            *table.choices,
+        )
+        self.sizes = [member.weight.shape[0] for member in members]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y: Tensor = ops.linear_group(x, *self._layer)
+        return y
+
+
+def _weight_deltas(member: nn.Linear, edit: Edit | None) -> tuple[list[str], list[Tensor]]:
+    if edit is None:
+        return [], []
+    deltas = edit.deltas.get("weight")
+    if deltas is not None:
+        return deltas.specs, deltas.parts
+    zero = dense(member.weight.new_zeros(1, 1).expand(member.weight.shape))  # only the bias is edited
+    return [zero.spec] * len(edit.columns), list(zero.parts) * len(edit.columns)
+
+
+class _Norm:
+    """`residual += x`, then the norm of it: [rows, features]."""
+
+    def __init__(self, module: Any, table: _Table) -> None:
+        form = module.form if isinstance(module, AlignedRootMeanSquare) else root_mean_square(module)
+        if isinstance(module, Aligned) and not isinstance(module, AlignedRootMeanSquare):
+            form = None
+        if form is None:
+            raise UnrecognisedError(f"{type(module).__name__} is no root-mean-square norm with one weight")
+        edit = module.edit if isinstance(module, Aligned) else None
+        stack, columns = (None, table.none) if edit is None else (edit.stack("weight"), edit.columns)
+        self._norm = (module.weight, stack, columns, table.table, table.rows, *form, table.choices[2])
+
+    def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
+        y: Tensor = ops.add_rms_norm(x, residual, *self._norm)
+        return y
+
+
+class _Layer:
+    """One decoder layer for one token of each row."""
+
+    def __init__(self, layer: Any, config: Any, table: _Table) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.input_norm = _Norm(layer.input_layernorm, table)
+        self.qkv = _Linear([_linear(attention, name) for name in ("q_proj", "k_proj", "v_proj")], table)
+        self.query_norm: Any = getattr(attention, "q_norm", None)
+        self.key_norm: Any = getattr(attention, "k_norm", None)
+        self.head_dim, self.scale = int(attention.head_dim), float(attention.scaling)
+        window = (
+            attention.sliding_window
+            if hasattr(attention, "sliding_window")
+            else getattr(config, "sliding_window", None)
+        )
+        self.window = int(window or 0)
+        self.out = _Linear([_linear(attention, "o_proj")], table)
+        self.norm = _Norm(layer.post_attention_layernorm, table)
+        self.gate_up = _Linear([_linear(mlp, name) for name in ("gate_proj", "up_proj")], table)
+        self.activation = _ACTIVATIONS[config.hidden_act]
+        self.down = _Linear([_linear(mlp, "down_proj")], table)
+        self.backend = table.choices[2]
+
+    def __call__(self, x: Tensor, residual: Tensor, position: tuple[Tensor, Tensor], cache: Any, at: Tensor) -> Tensor:
+        heads = self.qkv(self.input_norm(x, residual)).view(x.shape[0], -1, self.head_dim)
+        q, k, v = heads.split([size // self.head_dim for size in self.qkv.sizes], 1)
+        if self.query_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        q = ops.rotary_append(q, k, v, *position, at, *cache, self.backend)
+        attended = ops.decode_attention(q, *cache, at, self.scale, self.window, self.backend)
+        y = self.norm(self.out(attended), residual)
+        return self.down(ops.gated(self.gate_up(y), self.activation, self.backend))
+
+
+class FusedForward:
+    """tokens int64 [rows] -> logits [rows, vocabulary], with keys and values appended to the cache.
+
+    Raises:
+        UnrecognisedError: the model's modules are not those of the family.
+    """
+
+    def __init__(self, model: Any, cache: RowCache) -> None:
+        backbone, config = model.base_model, model.config
+        _require(backbone, model)
+        edit = next((module.edit for module in model.modules() if isinstance(module, Aligned)), None)
+        table = _Table.of(edit, cache.lengths.device)
+        self.cache = cache
+        self.embedding, self.head = backbone.embed_tokens, model.get_output_embeddings()
+        self.layers = [_Layer(layer, config, table) for layer in backbone.layers]
+        self.norm = _Norm(backbone.norm, table)
+        positions = torch.arange(cache.max_length, device=cache.lengths.device)[None]
+        like = cache.layers[0][0].new_empty(1, 1, 1)
+        cos, sin = backbone.rotary_emb(like, position_ids=positions)  # as the model rounds them
+        self.position = cos[0].contiguous(), sin[0].contiguous()
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        at = self.cache.lengths[: tokens.shape[0]]
+        x = self.embedding(tokens[:, None])[:, 0]
+        residual = torch.zeros_like(x)
+        for layer, cache in zip(self.layers, self.cache.layers, strict=True):
+            x = layer(x, residual, self.position, cache, at)
+        logits: Tensor = self.head(self.norm(x, residual))
+        return logits
+
+
+def _require(backbone: Any, model: Any) -> None:
+    """Raise UnrecognisedError where names, hooks or settings say that this is not the family's plain forward."""
+    config = model.config
+    for name in ("embed_tokens", "layers", "norm", "rotary_emb"):
+        if not hasattr(backbone, name):
+            raise UnrecognisedError(f"{type(backbone).__name__} has no {name}")
+    for name in _FOREIGN:
+        if getattr(config, name, None):
+            raise UnrecognisedError(f"the configuration sets {name}")
+    if getattr(config, "hidden_act", None) not in _ACTIVATIONS:
+        raise UnrecognisedError(
+            f"the activation {getattr(config, 'hidden_act', None)} is none of {', '.join(_ACTIVATIONS)}"
+        )
+    if getattr(backbone.rotary_emb, "rope_type", "default") in ("dynamic", "longrope"):
+        raise UnrecognisedError("its rotary frequencies depend on the length of the sequence")
+    for path, module in model.named_modules():
+        hooks = (module._forward_hooks, module._forward_pre_hooks)
+        own = module is backbone and len(module._forward_pre_hooks) == 1 and hasattr(model, "alignment")
+        if (any(hooks) and not own) or hasattr(module, "_hf_hook"):
+            raise UnrecognisedError(f"{path or 'the model'} has hooks, which run with its forward only")
+    for layer in backbone.layers:
+        _require_children(layer, _LAYER, _LAYER)
+        _require_children(layer.self_attn, _ATTENTION, _ATTENTION | {"q_norm", "k_norm", "rotary_emb"})
+        _require_children(layer.mlp, _MLP, _MLP | {"act_fn"})
+
+
+def _require_children(owner: nn.Module, needed: set[str], allowed: set[str]) -> None:
+    names = set(owner._modules)
+    if not needed <= names <= allowed or any(p is not None for p in owner._parameters.values()):
+        parts = ", ".join(sorted(names | set(owner._parameters)))
+        raise UnrecognisedError(f"{type(owner).__name__} consists of {parts}")
+
+
+def _linear(owner: nn.Module, name: str) -> nn.Linear:
+    module: Any = owner._modules[name]
+    plain = isinstance(module, nn.Linear) and type(module).forward in (nn.Linear.forward, AlignedLinear.forward)
+    if not plain or module.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise UnrecognisedError(f"{name} is a {type(module).__name__}, no plain linear layer")
+    linear: nn.Linear = module
+    return linear

@@ -1,0 +1,57 @@
+"""Which mix of coefficients a row decodes its next token with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from alignvec.coefficients import Coefficients
+from alignvec.errors import AlignvecError
+
+Mix: TypeAlias = Mapping[str, float]
+# A mix, or one for each generated token: by a table (its last entry stays) or a function of the token's number from 0.
+Schedule: TypeAlias = Mix | Sequence[Mix] | Callable[[int], Mix]
+Values: TypeAlias = tuple[float, ...]  # one row of the coefficient table
+
+
+@dataclass(frozen=True)
+class Follow:
+    """The mix that `Alignment.set` or `set_rows` gives sequence `number` of a batch, whenever it is asked."""
+
+    coefficients: Coefficients
+    number: int = 0
+    batch: int = 1
+
+    def __call__(self, token: int) -> Values:
+        mixes = self.coefficients.mixes
+        if self.batch % len(mixes):
+            raise AlignvecError(
+                f"a batch of {self.batch} does not divide over the {len(mixes)} rows of coefficients; "
+                "call set_rows with one mix per sequence, set() for one mix for all, or give each row a mix"
+            )
+        return mixes[self.number * len(mixes) // self.batch]
+
+
+def resolve(coefficients: Coefficients, schedule: Schedule) -> Callable[[int], Values]:
+    """The row of the table by the number of the generated token.
+
+    Raises:
+        AlignvecError: an empty table, an unknown vector or a coefficient that is not finite; those of a function are
+            found when it is called.
+    """
+    if isinstance(schedule, Mapping):
+        values = coefficients.mix(schedule)
+        return lambda token: values
+    if callable(schedule):
+        return lambda token: coefficients.mix(_mapping(schedule(token)))
+    if isinstance(schedule, str) or not isinstance(schedule, Sequence) or not schedule:
+        raise AlignvecError(f"{schedule!r} is no schedule: give a mix, a list of mixes, or a function of the position")
+    table = [coefficients.mix(_mapping(mix)) for mix in schedule]
+    return lambda token: table[min(token, len(table) - 1)]
+
+
+def _mapping(mix: object) -> Mix:
+    if not isinstance(mix, Mapping):
+        raise AlignvecError(f"{mix!r} is no mix: give coefficients by name, as in {{'medical': 0.7}}")
+    return mix

@@ -1,0 +1,45 @@
+"""What the host knows of a row that is being decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+
+from alignvec.decoding.mixes import Values
+from alignvec.decoding.sampling import Sampling
+
+
+@dataclass(eq=False)
+class Row:
+    """One row of a decoder.
+
+    prompt: its token ids. limit: most tokens to generate. mix: the row of the coefficient table by the number of the
+    generated token; None for a model without vectors. recompute: its keys and values are written anew when its mix
+    changes. policies: rows of its group. written: the weights and the mix of all of its keys and values, None where
+    they have several. launched: steps that it took part in. tokens: what it has generated, as far as the host has seen.
+    """
+
+    index: int
+    prompt: Sequence[int]
+    limit: int
+    sampling: Sampling
+    mix: Callable[[int], Values] | None
+    recompute: bool = False
+    policies: int = 1
+    written: tuple[Hashable, Values | None] | None = None
+    launched: int = 0
+    tokens: list[int] = field(default_factory=list)
+
+    @property
+    def text(self) -> list[int]:
+        """All token ids that the host knows of; keys and values of the last are not in the cache yet."""
+        return [*self.prompt, *self.tokens]
+
+    @property
+    def ended(self) -> bool:
+        """Whether all its steps are launched."""
+        return self.launched >= self.limit
+
+    def now(self) -> Values | None:
+        """The mix of its next step."""
+        return None if self.mix is None else self.mix(self.launched)
