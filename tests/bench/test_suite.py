@@ -212,3 +212,19 @@ def test_mixes_differ() -> None:
     made = models.mixes(16, 3)
     assert len({tuple(mix.values()) for mix in made}) == 16
     assert all(value for mix in made for value in mix.values())
+
+
+@pytest.mark.parametrize("section", ["switching", "memory"])
+def test_pictures(section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plot = pytest.importorskip("bench.plot", exc_type=ImportError)
+    listed = registry.section(section).cases(Setting("mistral-7b", "cuda"))
+    rows = [case.row([1.0 + at, 2.0]) if at % 5 else case.skipped("no") for at, case in enumerate(listed)]
+    kept = {"bench": "suite", **record.environment("cpu"), "model": "tiny", "rows": rows}
+    record.write(tmp_path / "suite.json", kept)
+    plot.main(tmp_path / "suite.json")
+    assert {path.name for path in tmp_path.glob("*.png")} == {f"suite-{section}.png"}
+    assert (tmp_path / f"suite-{section}.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    plot.main()
+    with pytest.raises(AlignvecError, match="name that file"):
+        plot.main(output=tmp_path / "one.png")

@@ -1,41 +1,16 @@
-"""Draws the results of a benchmark from the data that it stored, beside them.
-
-`python -m bench.plot bench/results/kernels-nvidia-h200.json`, or any other file of `bench.kernels` or `bench.formats`.
-"""
+"""The linear layers' times over those of merged weights."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import matplotlib
-import typer
-
-from bench import record
-
-matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-Row = dict[str, Any]
+from bench.record import Row
 
 
-def main(
-    results: Annotated[Path, typer.Argument(help="The JSON file of a benchmark.")],
-    output: Annotated[Path | None, typer.Option(help="Where the picture goes; by default beside the data.")] = None,
-) -> None:
-    """Draw what a benchmark measured."""
-    kept = record.read(results)
-    figure = _formats(kept) if kept.get("bench") == "formats" else _kernels(kept)
-    path = output or results.with_suffix(".png")
-    temporary = path.with_name(path.name + ".partial")
-    figure.savefig(temporary, dpi=110, format="png")
-    plt.close(figure)
-    temporary.replace(path)
-    print(f"wrote {path}")
-
-
-def _kernels(kept: Row) -> plt.Figure:
+def draw(kept: Row) -> plt.Figure:
     """Time over the merged weights' for each number of tokens, with the range from p20 to p80 and the target."""
     totals = [row for row in kept["rows"] if row["shape"] == "all" and row["section"] in ("decode", "prefill")]
     groups: dict[tuple[Any, ...], list[Row]] = {}
@@ -82,35 +57,3 @@ def _label(row: Row) -> str:
     if row["section"] == "prefill" or row["precision"] != "exact":
         parts.append(f"{row['execution']} {row['precision']}")
     return ", ".join(parts)
-
-
-def _formats(kept: Row) -> plt.Figure:
-    """Error of the encoding and of the logits over the bytes: a colour a format, a marker a vector."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), sharex=True)
-    domains = list(dict.fromkeys(row["domain"] for row in kept["rows"]))
-    formats = list(dict.fromkeys(row["format"] for row in kept["rows"]))
-    markers = dict(zip(domains, "os^Dv", strict=False))
-    for axis, key, what in ((left, "relative_error", "the deltas"), (right, "logit_error", "what changes the logits")):
-        least = min(row[key] for row in kept["rows"] if row[key] > 1e-9) / 10  # stands for none at all
-        for row in kept["rows"]:
-            colour = plt.get_cmap("tab20")(formats.index(row["format"]))
-            axis.plot(row["of_dense"], max(row[key], least), markers[row["domain"]], color=colour, markersize=5)
-        axis.axhline(least, color="black", linewidth=0.5, linestyle=":")
-        axis.annotate(
-            "no error", (0.99, least), xycoords=("axes fraction", "data"), fontsize=7, ha="right", va="bottom"
-        )
-        axis.set_yscale("log")
-        axis.set_xscale("log")
-        axis.set_xlabel("bytes, of dense bfloat16")
-        axis.set_title(f"relative error of {what}", fontsize=10)
-    for number, text in enumerate(formats):
-        right.plot([], [], "o", color=plt.get_cmap("tab20")(number), label=text)
-    for domain, marker in markers.items():
-        right.plot([], [], marker, color="gray", label=domain)
-    right.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.tight_layout()
-    return figure
-
-
-if __name__ == "__main__":
-    record.command(main)
