@@ -57,7 +57,7 @@ def rotary_append(
 
 
 def decode_attention(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, *, scale: float, window: int) -> Tensor:
-    """Each row's attention over the positions `max(0, length + 1 - window)` to `length` of its cache, all with window 0.
+    """Attention of row r over positions `max(0, lengths[r] + 1 - window)` to `lengths[r]`, from 0 with window 0.
 
     q [rows, heads, D], keys, values [cache_rows, kv_heads, max_length, D], lengths int32 [rows] -> [rows, heads D].
     """
@@ -65,7 +65,7 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, *
     # The heads that share keys are the queries of one head.
     grouped = q.reshape(rows, keys.shape[1], heads // keys.shape[1], size)
     if not lengths.is_cpu:
-        return _attend_all(grouped, keys[:rows], values[:rows], lengths, scale, window).reshape(rows, heads * size)
+        return attend_masked(grouped, keys[:rows], values[:rows], lengths, scale, window).reshape(rows, heads * size)
     last = keys.shape[2] - 1
     ends = [min(max(length, 0), last) + 1 for length in lengths.tolist()]
     parts, row = [], 0
@@ -98,7 +98,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned if size == x.shape[-1] else torch.cat((turned, x[..., size:]), -1)
 
 
-def _attend_all(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float, window: int) -> Tensor:
+def attend_masked(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float, window: int) -> Tensor:
     """Attention over the whole cache under a mask, with no length read on the host: q [rows, kv_heads, group, D]."""
     position = torch.arange(keys.shape[2], device=keys.device)
     length = lengths.clamp(0, keys.shape[2] - 1)[:, None]

@@ -25,6 +25,7 @@ MAX_FEATURES = 1 << 15  # a token's features lie in the registers of one program
 def norm_kernel(
     y_ptr,
     x_ptr,
+    residual_ptr,
     w_ptr,
     bias_ptr,
     d_ptr,
@@ -36,6 +37,7 @@ def norm_kernel(
     tokens,
     features,
     x_stride,
+    residual_stride,
     d_stride,
     bias_d_stride,
     table_stride,
@@ -48,7 +50,9 @@ def norm_kernel(
 ):
     """y = (x - CENTRE mean) / rms (w + OFFSET + sum_i c_i d_i) + b + sum_i c_i b_i, as the head of this file says.
 
-    Bytes: 2 tokens features itemsize, + (k + 1) features for the weight (twice with a bias), from L2 for each program.
+    With a residual, x is `residual + x` rounded to the residual's dtype, which is written back.
+    Bytes: 2 tokens features itemsize (4 with a residual), + (k + 1) features for the weight (twice with a bias), from
+    L2 for each program.
     """
     offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     d = tl.arange(0, BLOCK_D)
@@ -56,6 +60,11 @@ def norm_kernel(
     mask = (offs_t < tokens)[:, None] & d_mask[None, :]
     t = offs_t.to(tl.int64)[:, None]
     x = tl.load(x_ptr + t * x_stride + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        at = residual_ptr + t * residual_stride + d[None, :]
+        total = (x + tl.load(at, mask=mask, other=0.0).to(tl.float32)).to(residual_ptr.dtype.element_ty)
+        tl.store(at, total, mask=mask)
+        x = total.to(tl.float32)
     if CENTRE:
         x = tl.where(d_mask[None, :], x - (tl.sum(x, 1) / features)[:, None], 0.0)
     y = x * (1 / tl.sqrt(tl.sum(x * x, 1) / features + eps))[:, None]
@@ -96,14 +105,33 @@ def rms_norm(
 ) -> Tensor:
     """`x / sqrt(mean(x^2) + eps) * (weight + offset + sum_i c[t, i] deltas[i])`, rounded once, to x's dtype.
 
-    x [tokens, features], weight [features], deltas [k, features], each float32, bfloat16 or float16; -> as x. The
-    other arguments and the row rule, NaN included, are those of `reference.token_coefficients`. offset: 1 for norms
+    x [tokens, features], weight [features], deltas [k, features] or None, each float32, bfloat16 or float16; -> as x.
+    The other arguments and the row rule, NaN included, are those of `reference.token_coefficients`. offset: 1 for norms
     that store their weight less 1 (Gemma's).
 
     Raises:
         AlignvecError: more than 16 vectors or 32,768 features.
     """
-    return _norm(x, weight, None, deltas, None, columns, table, rows, token_rows, eps, offset, False)
+    return _norm(x, None, weight, None, deltas, None, columns, table, rows, token_rows, eps, offset, False)
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    deltas: Tensor | None,
+    columns: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    *,
+    eps: float,
+    offset: float = 0.0,
+) -> Tensor:
+    """`residual += x`, rounded to its dtype, then `rms_norm` of it, in one pass.
+
+    x, residual [tokens, features], the residual's features contiguous; all else as in `rms_norm`.
+    """
+    return _norm(x, residual, weight, None, deltas, None, columns, table, rows, None, eps, offset, False)
 
 
 def layer_norm(
@@ -124,11 +152,12 @@ def layer_norm(
     x [tokens, features], weight, bias [features], deltas, bias_deltas [k, features]; what is None is left out. Rounded
     once, to x's dtype; all else as in `rms_norm`.
     """
-    return _norm(x, weight, bias, deltas, bias_deltas, columns, table, rows, token_rows, eps, 0.0, True)
+    return _norm(x, None, weight, bias, deltas, bias_deltas, columns, table, rows, token_rows, eps, 0.0, True)
 
 
 def _norm(
     x: Tensor,
+    residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     deltas: Tensor | None,
@@ -161,6 +190,7 @@ def _norm(
         norm_kernel[(triton.cdiv(tokens, block_t),)](
             y,
             x,
+            residual,
             weight,
             bias,
             deltas,
@@ -172,6 +202,7 @@ def _norm(
             tokens,
             features,
             x.stride(0),
+            0 if residual is None else residual.stride(0),
             0 if deltas is None else deltas.stride(0),
             0 if bias_deltas is None else bias_deltas.stride(0),
             table.stride(0),

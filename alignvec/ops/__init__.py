@@ -1,8 +1,8 @@
 """The torch.library operators: schemas, fake kernels, gradients, and which backend runs them.
 
-All but those of `step` take the batch-major activations of a layer, the `k` vectors present in it, the column of each vector in the
-coefficient table, and the live table itself. A schema carries operands as `str[] specs` and `Tensor[] parts`, the
-tensors of all of them in one list (`kernels.operands.parse`); deltas of one-dimensional parameters are one tensor
+Those with vectors take the batch-major activations of a layer, the `k` vectors present in it, the column of each vector
+in the coefficient table, and the live table itself. A schema carries operands as `str[] specs` and `Tensor[] parts`,
+the tensors of all of them in one list (`kernels.operands.parse`); deltas of one-dimensional parameters are one tensor
 [k, features]. Nothing that shapes a graph depends on a value of the table or on its number of rows, so compiled and
 captured graphs follow later writes.
 """

@@ -58,6 +58,8 @@ def _add_rms_norm(
             f"add_rms_norm adds x {list(x.shape)} {x.dtype} to residual {list(residual.shape)} {residual.dtype}; "
             "pass two of one shape and dtype"
         )
+    if residual.stride(-1) != 1:
+        raise AlignvecError("add_rms_norm writes to residual, whose features must be contiguous; pass it so")
     run = kernel(x.device, backend, "norm", "add_rms_norm", EAGER)
     y: Tensor = run(x, residual, weight, deltas, columns, table, rows, eps=eps, offset=offset)
     return y
@@ -75,7 +77,7 @@ def _rotary_append(
     values: Tensor,
     backend: str,
 ) -> Tensor:
-    """q rotated at each row's length; k, rotated, and v go to that slot of the cache, or nowhere if it has no such slot.
+    """q rotated at each row's length; k, rotated, and v go to that slot of the cache, if it has such a slot.
 
     q [rows, heads, D], k, v [rows, kv_heads, D] with D contiguous; cos, sin [at least max_length, rotary_dim], with
     rotary_dim <= D and the halves of transformers' `rotate_half`; lengths int32 [rows]; keys, values [at least rows,
@@ -112,6 +114,8 @@ def _decode_attention(
         raise AlignvecError(
             f"decode_attention got q in {q.dtype} and a cache in {keys.dtype} and {values.dtype}; use one dtype"
         )
+    if window < 0:
+        raise AlignvecError(f"decode_attention got window {window}; pass a number of positions, or 0 for all of them")
     run = kernel(q.device, backend, "attention", "decode_attention", EAGER)
     attended: Tensor = run(q, keys, values, lengths, scale=scale, window=window)
     return attended
