@@ -7,7 +7,7 @@ are read on the host.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -65,13 +65,42 @@ def linear(
     if weight.dtype != x.dtype or not _compiled(x, weight, bias, bias_deltas, operands=vectors):
         return eager.linear(x, weight, bias, operands, bias_deltas, *shared, execution=execution, precision=precision)
     y = x.new_empty(x.shape[0], weight.shape[0])
+    choices = _choices(x.dtype, operands, execution, precision)
+    torch.ops.alignvec.cpu_linear(x, weight, bias, *layout(vectors), bias_deltas, *shared, *choices, y)
+    return y
+
+
+def prepared(
+    weight: Tensor,
+    bias: Tensor | None,
+    operands: Sequence[Operand],
+    bias_deltas: Tensor | None,
+    columns: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    execution: str,
+    precision: str,
+) -> Callable[[Tensor, Tensor], None] | None:
+    """`linear` into a given y [tokens, out], for x in the weight's dtype; None where plain torch has to run it.
+
+    What does not depend on x is found out once.
+    """
+    vectors = _with_zeros(operands)
+    if not _compiled(weight, bias, bias_deltas, operands=vectors):
+        return None
+    numbers, parts = layout(vectors)
+    shared = (bias, numbers, parts, bias_deltas, columns, table, rows, None)
+    choices = _choices(weight.dtype, operands, execution, precision)
+    run = torch.ops.alignvec.cpu_linear.default
+    return lambda x, y: run(x, weight, *shared, *choices, y)
+
+
+def _choices(dtype: torch.dtype, operands: Sequence[Operand], execution: str, precision: str) -> tuple[int, bool]:
+    """From how many tokens of a mix on the mix is formed, and whether it is rounded."""
     merged = precision == "merged"
     if execution == "auto" and not merged:
-        how = combine_tokens(((o.kind, o.bits) for o in operands), pair=x.dtype == torch.bfloat16)
-    else:
-        how = NEVER if execution == "split" else 0  # a materialised mix is not kept here
-    torch.ops.alignvec.cpu_linear(x, weight, bias, *layout(vectors), bias_deltas, *shared, how, merged, y)
-    return y
+        return combine_tokens(((o.kind, o.bits) for o in operands), pair=dtype == torch.bfloat16), merged
+    return NEVER if execution == "split" else 0, merged  # a materialised mix is not kept here
 
 
 def embedding(

@@ -214,7 +214,8 @@ class Decoder:
         kind = Kind(count, max(row.policies for row in rows), self.state.sampler.variant(count))
         mixes = {row.index: row.now() for row in rows}
         some = next(iter(mixes.values()))  # free rows have any
-        with lent(self._coefficients, [mixes.get(index, some) for index in range(count)]):
+        own = [mixes.get(index, some) for index in range(count)]
+        with lent(self._coefficients, own, apart=graphs is not None):
             (graphs or self.state).step(forward, kind)
         for row in rows:
             row.launched += 1

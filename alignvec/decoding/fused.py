@@ -19,6 +19,7 @@ from alignvec.decoding.cache import RowCache
 from alignvec.edit import Edit
 from alignvec.kernels.operands import dense
 from alignvec.modules import Aligned, AlignedLinear, AlignedRootMeanSquare, root_mean_square
+from alignvec.ops.prepared import Layer, linear_group
 
 _ACTIVATIONS = {
     "silu": "silu",
@@ -62,39 +63,26 @@ class _Linear:
     """Linear layers that read the same x, in one call: [rows, in_features] -> [rows, sum of out_features]."""
 
     def __init__(self, members: Sequence[nn.Linear], table: _Table) -> None:
-        edits = [member.edit if isinstance(member, AlignedLinear) else None for member in members]
-        deltas = [_weight_deltas(member, edit) for member, edit in zip(members, edits, strict=True)]
-        biases = [member.bias for member in members if member.bias is not None]
-        if len(biases) not in (0, len(members)):
+        if len({member.bias is None for member in members}) > 1:
             raise UnrecognisedError("of the projections that read one tensor some have a bias and some have none")
-        self._layer = (
-            [member.weight for member in members],
-            biases,
-            [spec for specs, _ in deltas for spec in specs],
-            [len(specs) for specs, _ in deltas],
-            [part for _, parts in deltas for part in parts],
-            [None if edit is None else edit.stack("bias") for edit in edits],
-            [table.none if edit is None else edit.columns for edit in edits],
-            table.table,
-            table.rows,
-            None,
-            *table.choices,
-        )
+        layers = [_operands(member, table) for member in members]
+        self._run = linear_group(layers, table.table, table.rows, *table.choices)
         self.sizes = [member.weight.shape[0] for member in members]
 
     def __call__(self, x: Tensor) -> Tensor:
-        y: Tensor = ops.linear_group(x, *self._layer)
-        return y
+        return self._run(x)
 
 
-def _weight_deltas(member: nn.Linear, edit: Edit | None) -> tuple[list[str], list[Tensor]]:
+def _operands(member: nn.Linear, table: _Table) -> Layer:
+    edit = member.edit if isinstance(member, AlignedLinear) else None
     if edit is None:
-        return [], []
+        return member.weight, member.bias, [], None, table.none
     deltas = edit.deltas.get("weight")
     if deltas is not None:
-        return deltas.specs, deltas.parts
-    zero = dense(member.weight.new_zeros(1, 1).expand(member.weight.shape))  # only the bias is edited
-    return [zero.spec] * len(edit.columns), list(zero.parts) * len(edit.columns)
+        operands = deltas.operands
+    else:  # only the bias is edited
+        operands = [dense(member.weight.new_zeros(1, 1).expand(member.weight.shape))] * len(edit.columns)
+    return member.weight, member.bias, operands, edit.stack("bias"), edit.columns
 
 
 class _Norm:

@@ -18,13 +18,16 @@ TOKENS = 1 << 14  # of one forward pass
 
 
 @contextlib.contextmanager
-def lent(coefficients: Coefficients | None, mixes: Sequence[Values | None]) -> Iterator[None]:
-    """Forward passes within use these mixes, one a row; one for all where they are alike."""
+def lent(coefficients: Coefficients | None, mixes: Sequence[Values | None], apart: bool = False) -> Iterator[None]:
+    """Forward passes within use these mixes, one a row; one for all where they are alike.
+
+    apart: not even then: what is captured within will be replayed when they are not.
+    """
     if coefficients is None or mixes[0] is None:
         yield
         return
     rows = [mix for mix in mixes if mix is not None]
-    with coefficients.lent(rows[:1] if len(set(rows)) == 1 else rows, len(rows)):
+    with coefficients.lent(rows if apart or len(set(rows)) > 1 else rows[:1], len(rows)):
         yield
 
 

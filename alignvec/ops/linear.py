@@ -137,10 +137,10 @@ def _linear_group(
         results = run.linear_group(flat, projections, *shared, execution=execution, precision=precision)
     else:
         results = [run.linear(flat, *member, *shared, execution=execution, precision=precision) for member in members]
-    return _joined(results).view(*x.shape[:-1], -1)
+    return joined(results).view(*x.shape[:-1], -1)
 
 
-def _joined(results: list[Tensor]) -> Tensor:
+def joined(results: list[Tensor]) -> Tensor:
     """The results side by side; not copied where they are the columns of one tensor already."""
     first, width = results[0], sum(y.shape[1] for y in results)
     storage, offset = first.untyped_storage().data_ptr(), first.storage_offset()
