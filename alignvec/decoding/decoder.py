@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +12,7 @@ from alignvec.coefficients import Coefficients
 from alignvec.decoding.cache import RowCache
 from alignvec.decoding.custom import custom_generate
 from alignvec.decoding.generate import Blend, end_tokens, pad_token, padded, sequences, stopping
-from alignvec.decoding.mixes import Follow, Schedule, resolve
+from alignvec.decoding.mixes import Follow, Schedule, Values, resolve
 from alignvec.decoding.prefill import Prefill, lent
 from alignvec.decoding.prefixes import Prefixes
 from alignvec.decoding.rows import Row
@@ -171,11 +171,13 @@ class Decoder:
         for prompt in prompts:
             if not prompt:
                 raise AlignvecError("a prompt has no tokens; begin it with the model's bos token")
-            if limit < 1 or len(prompt) + limit > self.max_length + 1:
+            if len(prompt) > self.max_length or len(prompt) + limit > self.max_length + 1:
                 raise AlignvecError(
-                    f"{len(prompt)} tokens and {limit} new ones do not fit max_length={self.max_length} "
-                    f"(at least one new token, and the last is not written); make a decoder with more"
+                    f"{len(prompt)} tokens and {limit} new ones do not fit max_length={self.max_length} (the last of them "
+                    "is not written); make a decoder with more"
                 )
+        if limit < 1:
+            raise AlignvecError(f"max_new_tokens={limit} must be at least 1")
         self._ready()
         coefficients = self._coefficients
         rows = []
@@ -206,13 +208,13 @@ class Decoder:
         if not rows:
             raise AlignvecError("no row has tokens left to generate; join one first")
         forward, graphs = self._ready()
-        self._renew(rows)
+        mixes = {row.index: row.now() for row in rows}
+        self._renew(rows, mixes)
         self._activate({row.index for row in rows})
         count = rows[-1].index + 1
         if graphs is not None:  # few of them, each for a power of two of rows
             count = min(1 << (count - 1).bit_length(), self.max_batch)
         kind = Kind(count, max(row.policies for row in rows), self.state.sampler.variant(count))
-        mixes = {row.index: row.now() for row in rows}
         some = next(iter(mixes.values()))  # free rows have any
         own = [mixes.get(index, some) for index in range(count)]
         with lent(self._coefficients, own, apart=graphs is not None):
@@ -400,10 +402,10 @@ class Decoder:
             self.state.active.copy_(torch.tensor(active, dtype=torch.int32), non_blocking=True)
             self._active = active
 
-    def _renew(self, rows: Sequence[Row]) -> None:
+    def _renew(self, rows: Sequence[Row], mixes: Mapping[int, Values | None]) -> None:
         """Follow changes of mixes: read the text anew where that is asked for, else note that the past has several."""
         weights = self._weights
-        changed = [row for row in rows if row.written != (weights, row.now())]
+        changed = [row for row in rows if row.written != (weights, mixes[row.index])]
         stale = [row for row in changed if row.recompute]
         if stale:
             while self._launched:
