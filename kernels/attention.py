@@ -109,7 +109,7 @@ def attention_kernel(
 
 
 @triton.jit
-def combine_kernel(
+def attention_sum_kernel(
     y_ptr,
     parts_ptr,
     stats_ptr,
@@ -207,7 +207,7 @@ def decode_attention(
             num_stages=2,
         )
         if stats is not None:
-            combine_kernel[(rows * heads,)](
+            attention_sum_kernel[(rows * heads,)](
                 y,
                 parts,
                 stats,

@@ -41,7 +41,7 @@ def rotary_append(
     slots = keys.shape[2]
     at = lengths.clamp(0, slots - 1)
     joined = torch.cat((q, k), 1)
-    turned = _rotate(joined, cos[at, None], sin[at, None])
+    turned = _rotate(joined, cos.index_select(0, at).unsqueeze_(1), sin.index_select(0, at).unsqueeze_(1))
     q, k = turned[:, : q.shape[1]], turned[:, q.shape[1] :]
     row = torch.arange(len(k), device=k.device)
     if lengths.is_cpu:
@@ -93,8 +93,9 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`x cos + rotate_half(x) sin` on the first features, as many as cos has: x [rows, heads, D], cos [rows, 1, n]."""
     size = cos.shape[-1]
     wide = x[..., :size].float()
-    first, second = wide.chunk(2, -1)
-    turned = torch.addcmul(wide * cos, torch.cat((-second, first), -1), sin.float()).to(x.dtype)
+    half = size // 2
+    swapped = torch.cat((-wide[..., half:], wide[..., :half]), -1)
+    turned = (wide * cos.float()).addcmul_(swapped, sin.float()).to(x.dtype)
     return turned if size == x.shape[-1] else torch.cat((turned, x[..., size:]), -1)
 
 

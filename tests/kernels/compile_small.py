@@ -75,35 +75,35 @@ def _layer_norm(tokens: int, features: int, k: int) -> Any:
     return layer_norm(*tensors, *coefficients(k), eps=1e-5)
 
 
-def _case(name: str, run: Callable[..., Any], *args: Any, registers: int = 255, matrix: str = "", **options: Any):
+def case(name: str, run: Callable[..., Any], *args: Any, registers: int = 255, matrix: str = "", **options: Any):
     return Case(name, lambda target: run(*args, **options), registers, matrix)
 
 
 CASES = [
     # Three blocks of 128 threads at least run together, so that enough loads are under way.
-    _case("materialise-dense-k3", _materialise, ["dense"] * 3, registers=128),
-    _case("materialise-dense-k16", _materialise, ["dense"] * 16, registers=168),
-    _case("materialise-dense-k3-fp32", _materialise, ["dense"] * 3, FP32, registers=168),
-    _case("materialise-dense-k3-pair", _materialise, ["dense"] * 3, pair=True, registers=128),
-    _case("materialise-dense-k3-fp16-pair", _materialise, ["dense"] * 3, FP16, pair=True, registers=168),
-    _case("materialise-dense-k3-transposed", _materialise, ["dense"] * 3, transposed=True, registers=128),
-    _case("materialise-int8-k3", _materialise, ["int:8"] * 3, registers=128),
-    _case("materialise-int4-k3", _materialise, ["int:4"] * 3, registers=128),
-    _case("materialise-int4-k16", _materialise, ["int:4"] * 16),
-    _case("materialise-sign-k3", _materialise, ["sign:1"] * 3, registers=128),
-    _case("materialise-sign-k8", _materialise, ["sign:1"] * 8, registers=168),
-    _case("materialise-lossless4-k3", _materialise, ["lossless:4"] * 3, registers=168),
-    _case("materialise-lossless8-k3", _materialise, ["lossless:8"] * 3, registers=168),
-    _case("materialise-lossless4-k3-transposed", _materialise, ["lossless:4"] * 3, transposed=True),
-    _case("materialise-sparse-k3", _materialise, ["sparse"] * 3, registers=168),
-    _case("materialise-low-rank-k3", _materialise, ["low-rank"] * 3, matrix="large"),
-    _case("materialise-mixed-k4", _materialise, ["int:4", "sign:1", "sparse", "dense"], registers=168),
-    _case("materialise-mixed-k6", _materialise, ["int:4", "sign:1", "sparse", "dense", "lossless:4", "low-rank"]),
-    _case("embedding-dense-k3", _embedding, ["dense"] * 3, 16, registers=128),
-    _case("embedding-mixed-k6", _embedding, ["int:4", "sign:1", "sparse", "dense", "lossless:4", "low-rank"], 4096),
-    _case("rms_norm-16x4096-k3", _rms_norm, 16, 4096, 3, registers=128),
-    _case("rms_norm-65536x128-k3", _rms_norm, 65536, 128, 3, registers=128),
-    _case("rms_norm-4096x4096-k16", _rms_norm, 4096, 4096, 16, registers=128),
-    _case("rms_norm-16x16384-k3", _rms_norm, 16, 16384, 3),
-    _case("layer_norm-4096x4096-k3", _layer_norm, 4096, 4096, 3, registers=168),
+    case("materialise-dense-k3", _materialise, ["dense"] * 3, registers=128),
+    case("materialise-dense-k16", _materialise, ["dense"] * 16, registers=168),
+    case("materialise-dense-k3-fp32", _materialise, ["dense"] * 3, FP32, registers=168),
+    case("materialise-dense-k3-pair", _materialise, ["dense"] * 3, pair=True, registers=128),
+    case("materialise-dense-k3-fp16-pair", _materialise, ["dense"] * 3, FP16, pair=True, registers=168),
+    case("materialise-dense-k3-transposed", _materialise, ["dense"] * 3, transposed=True, registers=128),
+    case("materialise-int8-k3", _materialise, ["int:8"] * 3, registers=128),
+    case("materialise-int4-k3", _materialise, ["int:4"] * 3, registers=128),
+    case("materialise-int4-k16", _materialise, ["int:4"] * 16),
+    case("materialise-sign-k3", _materialise, ["sign:1"] * 3, registers=128),
+    case("materialise-sign-k8", _materialise, ["sign:1"] * 8, registers=168),
+    case("materialise-lossless4-k3", _materialise, ["lossless:4"] * 3, registers=168),
+    case("materialise-lossless8-k3", _materialise, ["lossless:8"] * 3, registers=168),
+    case("materialise-lossless4-k3-transposed", _materialise, ["lossless:4"] * 3, transposed=True),
+    case("materialise-sparse-k3", _materialise, ["sparse"] * 3, registers=168),
+    case("materialise-low-rank-k3", _materialise, ["low-rank"] * 3, matrix="large"),
+    case("materialise-mixed-k4", _materialise, ["int:4", "sign:1", "sparse", "dense"], registers=168),
+    case("materialise-mixed-k6", _materialise, ["int:4", "sign:1", "sparse", "dense", "lossless:4", "low-rank"]),
+    case("embedding-dense-k3", _embedding, ["dense"] * 3, 16, registers=128),
+    case("embedding-mixed-k6", _embedding, ["int:4", "sign:1", "sparse", "dense", "lossless:4", "low-rank"], 4096),
+    case("rms_norm-16x4096-k3", _rms_norm, 16, 4096, 3, registers=128),
+    case("rms_norm-65536x128-k3", _rms_norm, 65536, 128, 3, registers=128),
+    case("rms_norm-4096x4096-k16", _rms_norm, 4096, 4096, 16, registers=128),
+    case("rms_norm-16x16384-k3", _rms_norm, 16, 16384, 3),
+    case("layer_norm-4096x4096-k3", _layer_norm, 4096, 4096, 3, registers=168),
 ]

@@ -121,7 +121,8 @@ def _cubin(cubin: bytes) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    from tests.kernels import compile_linear, compile_small
+    from tests.kernels import compile_linear, compile_small, compile_step
 
-    for row in rows(compile_linear.CASES + compile_small.CASES, sys.argv[1] if len(sys.argv) > 1 else ""):
+    cases = compile_linear.CASES + compile_small.CASES + compile_step.CASES
+    for row in rows(cases, sys.argv[1] if len(sys.argv) > 1 else ""):
         print(json.dumps(row), flush=True)
