@@ -18,10 +18,10 @@ from bench import record
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from bench.plot import formats, kernels, memory, switching
+from bench.plot import formats, kernels, memory, merge, switching
 
 FILES = {"kernels": kernels.draw, "formats": formats.draw}
-SECTIONS = {"switching": switching.draw, "memory": memory.draw}
+SECTIONS = {"switching": switching.draw, "memory": memory.draw, "merge": merge.draw}
 
 
 def main(

@@ -12,6 +12,7 @@ from bench.record import Row
 SECTIONS = (
     "switching",
     "memory",
+    "merge",
 )
 
 

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import alignvec
 from alignvec.errors import AlignvecError
+from alignvec.recipes.models import model_path
 from bench import opponents, record, run
 from bench.record import Row
-from bench.suite import models, registry, switching
+from bench.suite import merge, merging, models, registry, switching
 from bench.suite.case import Case, Setting, median_of
 from bench.suite.remerge import Remerge, store
 from bench.suite.report import shown, verdict
@@ -214,7 +216,7 @@ def test_mixes_differ() -> None:
     assert all(value for mix in made for value in mix.values())
 
 
-@pytest.mark.parametrize("section", ["switching", "memory"])
+@pytest.mark.parametrize("section", ["switching", "memory", "merge"])
 def test_pictures(section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plot = pytest.importorskip("bench.plot", exc_type=ImportError)
     listed = registry.section(section).cases(Setting("mistral-7b", "cuda"))
@@ -228,3 +230,52 @@ def test_pictures(section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     plot.main()
     with pytest.raises(AlignvecError, match="name that file"):
         plot.main(output=tmp_path / "one.png")
+
+
+def test_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merge, "child", merging.run)  # in this process
+    run.main(["merge"], device="cpu", quick=True, output=tmp_path / "suite.json")
+    rows = record.read(tmp_path / "suite.json")["rows"]
+    assert {row["missing"] for row in rows if row["name"] == merging.MERGES[merging.MERGEKIT]} == {
+        None if merge.importlib.util.find_spec("mergekit") else "mergekit is not installed"
+    }
+    seconds, rate = (median_of(rows, "merge, dense", figure=figure) for figure in ("time", "throughput"))
+    size = sum(file.stat().st_size for file in model_path("base").glob("*.safetensors"))
+    assert 2.5 * size < seconds * rate <= 3 * size  # type: ignore[operator]
+
+
+def test_every_extraction_and_merge_gives_the_same(tmp_path: Path) -> None:
+    merge.write(Setting("tiny", "cpu"), torch.nn.Linear(1, 1), tmp_path)
+    for way in (merging.EXTRACTS["lossless"], merging.EXTRACTS[merging.LOOP], merging.EXTRACTS["dense"]):
+        merging.run(way, tmp_path, 1)
+        found = next((tmp_path / "output").glob("*.safetensors"))
+        if way != merging.EXTRACTS["lossless"]:
+            deltas = load_file(found)
+        (tmp_path / "output").rename(tmp_path / way.removeprefix("extract, "))
+    loop = load_file(tmp_path / merging.LOOP / "model.safetensors")
+    assert all(torch.equal(deltas[name], loop[name]) for name in deltas)
+    assert not any(loop[name].any() for name in loop.keys() - deltas.keys())
+    results = {}
+    for text in ("dense", "lossless", merging.LOOP):
+        merging.run(merging.MERGES[text], tmp_path, 1)
+        (file,) = (tmp_path / "output").glob("*.safetensors")
+        results[text] = load_file(file)
+    for name, value in results["dense"].items():
+        torch.testing.assert_close(results["lossless"][name], value, rtol=1e-2, atol=1e-4)
+        torch.testing.assert_close(results[merging.LOOP][name], value, rtol=1e-2, atol=1e-4)
+
+
+def test_a_process_of_its_own(tmp_path: Path) -> None:
+    alone = merge.child(merging.IMPORTS, tmp_path, 1)
+    assert alone["seconds"] == []
+    assert 1e8 < alone["peak"] < 4e9
+    with pytest.raises(AlignvecError, match=r"'extract, dense' failed: .*base"):
+        merge.child(merging.EXTRACTS["dense"], tmp_path, 1)
+
+
+def test_checkpoints_that_do_not_fit_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merge.shutil, "disk_usage", lambda path: SimpleNamespace(free=1e6))
+    listed = [case for case in merge.cases(Setting("tiny", "cpu")) if not case.missing]
+    rows = list(merge.measure(Setting("tiny", "cpu"), listed))
+    assert len(rows) == len(listed)
+    assert all("do not fit in the 0 GB that are free" in row["missing"] for row in rows)
