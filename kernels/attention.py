@@ -20,7 +20,7 @@ from torch import Tensor
 
 GROUP = 16  # query heads of a program: what mma.sync takes, and too few for wgmma
 PROGRAMS = 8  # a multiprocessor: several are resident, and rows of different lengths even out
-COMBINED = 16  # parts that are added up at a time
+COMBINED = 8192  # numbers of the parts that are added up at a time
 
 
 @triton.jit
@@ -60,15 +60,16 @@ def attention_kernel(
     y is float32 [rows, heads, SPLITS, SIZE] and stats [rows, heads, SPLITS, 2]; with one split y is the result, [rows,
     heads, SIZE]. Bytes: 2 rows kv_heads filled SIZE itemsize, + 8 rows heads SIZE for each split in use.
     """
-    split, row = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    # Splits that a short row leaves empty come last, and do not stand before another row's.
+    row, split = tl.program_id(1).to(tl.int64), tl.program_id(2)
     first, end, share = _stretch(lengths_ptr, row, max_length, window, SPLITS, BLOCK_N)
     first += split * share
     end = tl.minimum(end, first + share)
     if first >= end:
         return
     blocks = tl.cdiv(group, BLOCK_M)
-    kv_head = tl.program_id(1) // blocks
-    m = tl.program_id(1) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    kv_head = tl.program_id(0) // blocks
+    m = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     head = kv_head * group + m
     n, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     d_mask = (d < SIZE)[None, :]
@@ -183,7 +184,7 @@ def decode_attention(
         parts = torch.empty(rows, heads, splits, size, dtype=torch.float32, device=q.device)
         stats = torch.empty(rows, heads, splits, 2, dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
-        attention_kernel[(splits, head_blocks, rows)](
+        attention_kernel[(head_blocks, rows, splits)](
             parts,
             stats,
             q,
@@ -218,7 +219,7 @@ def decode_attention(
                 SIZE=size,
                 SPLITS=splits,
                 BLOCK_N=block_n,
-                BLOCK_S=COMBINED,
+                BLOCK_S=COMBINED // block_d,
                 BLOCK_D=block_d,
                 num_warps=4,
             )

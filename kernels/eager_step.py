@@ -106,5 +106,5 @@ def attend_masked(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scal
     seen = (position <= length) & (position > length - window) if window else position <= length
     # What lies in slots that are not filled may be NaN, which a weight of 0 does not remove.
     unseen = ~seen[:, None, :, None]
-    keys, values = keys.masked_fill(unseen, 0), values.masked_fill(unseen, 0)
-    return F.scaled_dot_product_attention(q, keys, values, seen[:, None, None, :], scale=scale)
+    keys, values = (cache.masked_fill(unseen, 0).float() for cache in (keys, values))
+    return F.scaled_dot_product_attention(q.float(), keys, values, seen[:, None, None, :], scale=scale).to(q.dtype)
