@@ -173,8 +173,8 @@ class Decoder:
                 raise AlignvecError("a prompt has no tokens; begin it with the model's bos token")
             if len(prompt) > self.max_length or len(prompt) + limit > self.max_length + 1:
                 raise AlignvecError(
-                    f"{len(prompt)} tokens and {limit} new ones do not fit max_length={self.max_length} (the last of them "
-                    "is not written); make a decoder with more"
+                    f"{len(prompt)} tokens and {limit} new ones do not fit max_length={self.max_length}, of which "
+                    "the last needs no place; make a decoder with more"
                 )
         if limit < 1:
             raise AlignvecError(f"max_new_tokens={limit} must be at least 1")
