@@ -21,7 +21,6 @@ from rich.table import Table
 import alignvec
 from alignvec import planner
 from alignvec.errors import AlignvecError
-from alignvec.kernels.configs import file_name
 from alignvec.planner.explain import cpu_capability
 from alignvec.recipes.models import model_path
 from bench import record
@@ -60,9 +59,7 @@ def main(
     console = console if console.is_terminal else Console(width=140)
     full = not (quick or tokens or scale > 1 or not remerge or trial or asked != "auto")
     if output is None and full:
-        output = (
-            record.RESULTS / f"kernels-{'cpu' if kind == 'cpu' else file_name(record.device_name(device))[:-5]}.json"
-        )
+        output = record.results_file("kernels", device)
     how = {"backend": backend, "instruction_set": cpu_capability() if backend == "cpp" else None}
     kept: dict[str, Any] = {"bench": "kernels", **record.environment(device), **how, "scale": scale}
     if output is not None:

@@ -191,7 +191,8 @@ class Bench:
 
     def _figures(self, taken: Times, nbytes: int, layers: int = 1) -> Row:
         floor = nbytes / self.bandwidth
-        row: Row = {f"{key}_ms": 1e3 * layers * value for key, value in asdict(taken).items()}
+        row: Row = {f"{key}_ms": 1e3 * layers * getattr(taken, key) for key in ("median", "p20", "p80")}
+        row["samples"] = taken.samples
         row |= {"bytes": nbytes * layers, "gb_per_s": 1e-9 * nbytes / taken.median}
         return row | {"floor_ms": 1e3 * layers * floor, "share_of_floor": floor / taken.median}
 
@@ -202,7 +203,8 @@ class Bench:
         total = first | {"shape": "all", "layers": self.layers}
         if first.get("error") is not None:
             total["error"] = max(row["error"] for row in rows)
-        total |= self._figures(Times(**sums), sum(row["bytes"] for row in rows), self.layers)
+        samples = min(row["samples"] for row in rows)
+        total |= self._figures(Times(**sums, samples=samples), sum(row["bytes"] for row in rows), self.layers)
         if merged_ms:
             total["ratio"] = total["median_ms"] / merged_ms
         return total

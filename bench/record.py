@@ -23,6 +23,7 @@ import torch
 import typer
 
 from alignvec.errors import AlignvecError
+from alignvec.kernels.configs import file_name
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
@@ -63,6 +64,11 @@ def spread(samples: Sequence[float]) -> Row:
         return {"median": None, "p20": None, "p80": None, "samples": 0}
     low, middle, high = (float(value) for value in numpy.percentile(samples, (20, 50, 80)))
     return {"median": middle, "p20": low, "p80": high, "samples": len(samples)}
+
+
+def results_file(bench: str, device: str) -> Path:
+    """Where the results of a benchmark on that device are kept."""
+    return RESULTS / f"{bench}-{file_name(device_name(device)) if device.startswith('cuda') else 'cpu.json'}"
 
 
 def refuse(path: Path, record: dict[str, Any]) -> None:

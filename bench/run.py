@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from alignvec.errors import AlignvecError
-from alignvec.kernels.configs import file_name
 from bench import record
 from bench.record import Row
 from bench.suite import registry
@@ -42,8 +41,7 @@ def main(
     setting = choose(device, model, quick)
     names = registry.chosen(sections or ())
     if output is None and not quick and setting.model == choose(device).model:
-        output = record.RESULTS / f"suite-{'cpu' if setting.kind == 'cpu' else file_name(record.device_name(device))}"
-        output = output.with_suffix(".json")
+        output = record.results_file("suite", device)
     kept: Row = {"bench": "suite", **record.environment(device), "model": setting.model, "rows": []}
     console = Console()
     console = console if console.is_terminal else Console(width=140)

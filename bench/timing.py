@@ -26,16 +26,17 @@ SECONDS = 1.0  # of samples of one case, from LEAST on
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of one call."""
+    """Seconds of one call, and how often it was timed."""
 
     median: float
     p20: float
     p80: float
+    samples: int = 1
 
     @classmethod
     def of(cls, samples: Sequence[float]) -> Times:
         low, middle, high = numpy.percentile(samples, (20, 50, 80))
-        return cls(float(middle), float(low), float(high))
+        return cls(float(middle), float(low), float(high), len(samples))
 
 
 def times(cases: Mapping[str, Sequence[Call]], device: str, repeats: int) -> dict[str, Times]:

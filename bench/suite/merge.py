@@ -9,8 +9,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,11 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from alignvec.errors import AlignvecError
 from alignvec.recipes.models import model_path
 from bench.record import Row
 from bench.suite import merging, models
 from bench.suite.case import Case, Setting
+from bench.suite.process import python
 
 REPEATS = 3
 FIGURES = {"time": ("s", "lower"), "throughput": ("B/s", "higher"), "peak memory": ("B", "lower")}
@@ -84,10 +82,6 @@ def write(setting: Setting, model: nn.Module, folder: Path) -> None:
 
 
 def child(way: str, folder: Path, repeats: int) -> dict[str, Any]:
-    """What `merging` measured in a process of its own. Raises AlignvecError with its last line where it failed."""
-    command = (sys.executable, "-m", "bench.suite.merging", way, str(folder), str(repeats))
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    if done.returncode:
-        raise AlignvecError(f"{way!r} failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    """What `merging` measured in a process of its own."""
+    result: dict[str, Any] = json.loads(python("bench.suite.merging", way, str(folder), str(repeats)).splitlines()[-1])
     return result

@@ -10,8 +10,13 @@ from alignvec.errors import AlignvecError
 from bench.record import Row
 
 SECTIONS = (
+    "kernels",
+    "micro",
     "switching",
+    "decode",
+    "prompting",
     "memory",
+    "blend",
     "merge",
 )
 

@@ -86,7 +86,7 @@ def measure(setting: Setting, cases: Sequence[Case]) -> Iterator[Row]:
         merge = Remerge(alignment, MIX)
         calls: dict[str, Call] = {ONE_PASS[text]: merge.one_pass}
         if text == "dense":
-            rows += _timed(setting, cases, _sets(alignment), QUICK_CALLS * setting.repeats)
+            rows += _timed(setting, cases, sets(alignment), QUICK_CALLS * setting.repeats)
             calls |= merge.by_torch()
         rows += _timed(setting, cases, calls, setting.repeats)
         yield from rows
@@ -116,7 +116,7 @@ def _timed(setting: Setting, cases: Sequence[Case], calls: Mapping[str, Call], r
         yield from (case.row(taken[name]) for name, case in own.items())
 
 
-def _sets(alignment: Alignment) -> dict[str, Call]:
+def sets(alignment: Alignment) -> dict[str, Call]:
     """Writes of coefficients that change every time, and the copy that the next step begins with."""
     turn = itertools.count()
     several = itertools.cycle([models.mixes(ROWS, VECTORS), models.mixes(ROWS + 1, VECTORS)[:ROWS]])

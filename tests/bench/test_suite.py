@@ -14,12 +14,16 @@ from safetensors.torch import load_file
 import alignvec
 from alignvec.errors import AlignvecError
 from alignvec.recipes.models import model_path
-from bench import opponents, record, run
+from bench import kernels, opponents, record, run
+from bench import measure as bench_measure
+from bench.layers import Shape
 from bench.record import Row
-from bench.suite import merge, merging, models, registry, switching
+from bench.suite import kernels as section
+from bench.suite import merge, merging, micro, models, registry, switching
 from bench.suite.case import Case, Setting, median_of
 from bench.suite.remerge import Remerge, store
 from bench.suite.report import shown, verdict
+from bench.timing import Times
 
 CASES = (
     Case("memory", "one", {"k": 1}, target=2.0),
@@ -269,7 +273,7 @@ def test_a_process_of_its_own(tmp_path: Path) -> None:
     alone = merge.child(merging.IMPORTS, tmp_path, 1)
     assert alone["seconds"] == []
     assert 1e8 < alone["peak"] < 4e9
-    with pytest.raises(AlignvecError, match=r"'extract, dense' failed: .*base"):
+    with pytest.raises(AlignvecError, match=r"extract, dense .* failed: .*base"):
         merge.child(merging.EXTRACTS["dense"], tmp_path, 1)
 
 
@@ -279,3 +283,60 @@ def test_checkpoints_that_do_not_fit_are_said(monkeypatch: pytest.MonkeyPatch) -
     rows = list(merge.measure(Setting("tiny", "cpu"), listed))
     assert len(rows) == len(listed)
     assert all("do not fit in the 0 GB that are free" in row["missing"] for row in rows)
+
+
+def test_the_micro_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = Setting("tiny", "cpu", quick=True)
+    listed = micro.cases(setting)
+
+    def pytest_benchmark(*arguments: str, **environment: str) -> None:
+        assert arguments[:2] == ("pytest", "bench/test_micro.py")
+        assert environment == {micro.DEVICE: "cpu"}
+        output = next(text for text in arguments if text.startswith("--benchmark-json=")).partition("=")[2]
+        each = [{"extra_info": {"case": case.name}, "stats": {"data": [1e-6, 3e-6]}} for case in listed]
+        Path(output).write_text(record.json.dumps({"benchmarks": each}))
+
+    monkeypatch.setattr(micro, "python", pytest_benchmark)
+    rows = list(micro.measure(setting, listed))
+    assert [row["name"] for row in rows] == [case.name for case in listed]
+    assert all((row["median"], row["samples"]) == (pytest.approx(2e-6), 2) for row in rows)
+
+
+@pytest.mark.parametrize("case", micro.cases(Setting("tiny", "cpu")), ids=lambda case: case.name)
+def test_micro_calls(case: Case) -> None:
+    if case.missing:
+        pytest.skip(case.missing)
+    micro.call(Setting("tiny", "cpu"), case.name)()
+
+
+def test_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runner's rows are those of `bench.kernels`, which it runs."""
+    measured = []
+
+    def once(calls: dict[str, list[Any]], *_: Any) -> dict[str, Times]:
+        return {name: Times(1e-3 * (i + 1), 0.9e-3 * (i + 1), 1.2e-3 * (i + 1), 9) for i, name in enumerate(calls)}
+
+    def python(*arguments: str) -> None:
+        assert arguments[0] == "bench.kernels"
+        assert "--quick" in arguments
+        output = Path(arguments[arguments.index("--output") + 1])
+        kernels.main("cpu", output, quick=True)
+        measured.extend(record.read(output)["rows"])
+
+    monkeypatch.setattr(kernels, "SHAPES", {"cpu": (Shape("qkv", (64, 32, 32), 96),)})
+    monkeypatch.setattr(kernels, "read_bandwidth", lambda device, repeats: 1e10)
+    monkeypatch.setattr(bench_measure, "copies", lambda nbytes, device: 2)
+    monkeypatch.setattr(bench_measure, "times", once)
+    monkeypatch.setattr(section, "python", python)
+    run.main(["kernels"], device="cpu", quick=True, output=tmp_path / "suite.json")
+    rows = record.read(tmp_path / "suite.json")["rows"]
+    totals = [row for row in measured if row["shape"] == "all" and row["section"] != "set"]
+    dense = next(row for row in totals if row["case"] == "dense" and row.get("tokens") == 1 and row["target"])
+    assert median_of(rows, "dense", tokens=1, dtype="bfloat16") == 1e-3 * dense["median_ms"]
+    ratio = next(row for row in rows if row["name"] == f"dense, {section.RATIO}")
+    assert (ratio["median"], ratio["target"], ratio["samples"]) == (pytest.approx(dense["ratio"]), dense["target"], 9)
+    assert ratio["p20"] == pytest.approx(0.9 * ratio["median"])
+    assert len([row for row in rows if row["unit"] == "s"]) == len(totals)
+    speed = next(row for row in rows if row["name"] == f"re-merge, dense, {section.SPEEDUP}")
+    assert speed["p20"] == pytest.approx(speed["median"] / 1.2)
+    assert any(opponents.COMPILED in case.name for case in section.cases(Setting("mistral-7b", "cuda")))

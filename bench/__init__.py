@@ -1,0 +1,1 @@
+"""Benchmarks: measured on an idle machine, never part of the tests."""
