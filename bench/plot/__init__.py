@@ -18,10 +18,17 @@ from bench import record
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from bench.plot import formats, kernels, memory, merge, switching
+from bench.plot import blend, decode, formats, kernels, memory, merge, prompting, switching
 
 FILES = {"kernels": kernels.draw, "formats": formats.draw}
-SECTIONS = {"switching": switching.draw, "memory": memory.draw, "merge": merge.draw}
+SECTIONS = {
+    "switching": switching.draw,
+    "decode": decode.draw,
+    "prompting": prompting.draw,
+    "memory": memory.draw,
+    "blend": blend.draw,
+    "merge": merge.draw,
+}
 
 
 def main(

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 import alignvec
-from bench import record, run
+from bench import plot, record, run
 from bench.record import Row
 from bench.suite import blend, breakeven, decode, loops, models, prompting
 from bench.suite.case import Case, Setting, median_of
@@ -38,6 +38,9 @@ def once(monkeypatch: pytest.MonkeyPatch) -> None:
 def _rows(section: str) -> list[Row]:
     rows = run.run(section, TINY, Console(quiet=True))
     assert json.loads(json.dumps(rows)) == rows
+    figure = plot.SECTIONS[section]([row for row in rows if not row["missing"]], section)
+    assert all(axis.lines for axis in figure.axes), "an empty picture"
+    plot.plt.close(figure)
     return rows
 
 
