@@ -90,9 +90,11 @@ def _blended(room: Decoder, ids: list[int], mixes: Sequence[Mix], prompts: int, 
     rows = []
     for _ in range(prompts):
         rows += room.admit([ids] * count, mixes, [GREEDY] * count, limit, weights=[1 / count] * count)
-    yield partial(run, room, steps)
-    for row in rows:
-        room.leave(row)
+    try:
+        yield partial(run, room, steps)
+    finally:
+        for row in rows:
+            room.leave(row)
 
 
 def _all(calls: Sequence[Call]) -> None:

@@ -208,6 +208,7 @@ class _Bench:
                 seconds = taken[case.parameters["loop"]]
                 yield case.row([median(seconds) / median(taken[MERGED])] if case.unit == "x" else seconds)
         decoders.clear()
+        calls.clear()  # which hold decoders, too
         if name in FORMATS and k == K:
             self.figures[name] = breakeven.figures(alignment, max(self.scale.batches))
             yield from self._remerge(remerge, alignment, name)

@@ -62,9 +62,11 @@ def joined(decoder: Decoder, ids: Tensor, mixes: Sequence[Mix | None], steps: in
     for row, mix in zip(rows, mixes, strict=True):
         decoder.set_row(row, mix)
 
-    yield partial(run, decoder, steps)
-    for row in rows:
-        decoder.leave(row)
+    try:
+        yield partial(run, decoder, steps)
+    finally:
+        for row in rows:
+            decoder.leave(row)
 
 
 def run(decoder: Decoder, steps: int) -> None:

@@ -85,17 +85,28 @@ def test_targets_are_those_of_an_h200(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any(case.target for case in decode.cases(OnGpu("mistral-7b", "cuda")))
 
 
-def test_a_block_that_does_not_fit_says_so_and_the_others_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(model: Any, text: str, k: int) -> Any:
-        if text == "sign":
-            raise torch.OutOfMemoryError("no memory")
-        return vectors(model, text, k)
+@pytest.mark.parametrize("where", ["vectors", "timed"])
+def test_a_block_that_does_not_fit_says_so_and_the_others_run(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    latest = ""
 
-    vectors = models.vectors
-    monkeypatch.setattr(models, "vectors", full)
-    wanted = [
-        c for c in decode.cases(TINY) if c.name in ("sign", "sign, over merged", "low-rank:rank=64") and not c.missing
-    ]
+    def vectors(model: Any, text: str, k: int) -> Any:
+        nonlocal latest
+        latest = text
+        return full(where == "vectors", made_vectors, model, text, k)
+
+    def timed(*arguments: Any) -> Any:
+        return full(where == "timed", made_timed, *arguments)
+
+    def full(here: bool, call: Any, *arguments: Any) -> Any:
+        if here and latest == "sign":
+            raise torch.OutOfMemoryError("no memory")
+        return call(*arguments)
+
+    made_vectors, made_timed = models.vectors, decode.timed
+    monkeypatch.setattr(models, "vectors", vectors)
+    monkeypatch.setattr(decode, "timed", timed)
+    names = ("sign", "sign, over merged", "low-rank:rank=64")
+    wanted = [case for case in decode.cases(TINY) if case.name in names and not case.missing]
     with torch.no_grad():
         rows = list(decode.measure(TINY, wanted))
     missing = {row["name"]: row["missing"] for row in rows}
