@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import EosTokenCriteria, MaxLengthCriteria
-from transformers.generation import GenerateDecoderOnlyOutput
 
 from alignvec.decoding.generate import Blend, Stop, padded, sequences
 from alignvec.decoding.mixes import Schedule
@@ -64,12 +62,16 @@ def custom_generate(
     answers = sequences(decoder, input_ids, mask, mixes, blend, sampling, limit, stop, streamer, recompute)
     ids = padded(input_ids, answers, generation_config.pad_token_id)
     if generation_config.return_dict_in_generate:
+        from transformers.generation import GenerateDecoderOnlyOutput
+
         return GenerateDecoderOnlyOutput(sequences=ids)  # type: ignore[arg-type]
     return ids
 
 
 def _stop(criteria: Any) -> Stop:
     """transformers' stopping criteria on one sequence; its length is the decoder's own affair."""
+    from transformers import EosTokenCriteria, MaxLengthCriteria  # with which transformers imports triton
+
     own = [each for each in criteria if not isinstance(each, MaxLengthCriteria)]
     eos: set[int] = set()
     for each in own:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import StopStringCriteria
 
 from alignvec.decoding.mixes import Mix, Schedule
 from alignvec.decoding.sampling import Sampling
@@ -139,6 +138,8 @@ def stopping(eos: set[int], stop_strings: str | Sequence[str] | None, tokenizer:
         return lambda ids: ids[-1] in eos
     if tokenizer is None:
         raise AlignvecError("stop_strings needs the tokenizer; give tokenizer=...")
+    from transformers import StopStringCriteria  # with which transformers imports triton
+
     strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
     complete = StopStringCriteria(tokenizer, strings)
     return lambda ids: ids[-1] in eos or bool(complete(torch.tensor([ids]), None).all())
