@@ -47,12 +47,12 @@ def main(
     console = console if console.is_terminal else Console(width=140)
     if output is not None:
         record.refuse(output, kept)
-        kept["rows"] = others(output, kept, names, console)
+        kept["rows"] = before(output, kept, names, console)
     stamp = {key: kept[key] for key in ("commit", "date")}
     for name in names:
         begin = time.perf_counter()
         rows = [row | stamp for row in run(name, setting, console)]
-        kept["rows"] = registry.ordered([*kept["rows"], *rows])
+        kept["rows"] = registry.ordered([*(row for row in kept["rows"] if row["section"] != name), *rows])
         report(console, name, rows)
         console.print(f"{name}: {time.perf_counter() - begin:.0f} s", highlight=False)
         if output is not None:  # what a run that is cut short has measured
@@ -72,18 +72,18 @@ def choose(device: str, model: str = "", quick: bool = False) -> Setting:
     return Setting(model, device, quick)
 
 
-def others(path: Path, kept: Row, names: list[str], console: Console) -> list[Row]:
-    """The rows of sections that are not run now, where they were measured on the same model with the same versions."""
+def before(path: Path, kept: Row, names: list[str], console: Console) -> list[Row]:
+    """The rows that a file has, where they were measured on the same model with the same versions."""
     if not path.exists():
         return []
-    before = record.read(path)
-    rows = [row for row in before["rows"] if row["section"] not in names]
-    changed = [key for key in ("versions", "threads", "model", "driver") if before.get(key) != kept[key]]
-    if rows and changed:
-        gone = ", ".join(dict.fromkeys(row["section"] for row in rows))
+    found = record.read(path)
+    rows = [row for row in found["rows"] if row["section"] in registry.SECTIONS]
+    changed = [key for key in ("versions", "threads", "model", "driver") if found.get(key) != kept[key]]
+    if not changed:
+        return rows
+    if gone := ", ".join(dict.fromkeys(row["section"] for row in rows if row["section"] not in names)):
         console.print(f"{' and '.join(changed)} changed: the rows of {gone} in {path} are dropped; run them again")
-        return []
-    return rows
+    return []
 
 
 def run(name: str, setting: Setting, console: Console) -> list[Row]:

@@ -86,6 +86,22 @@ def test_only_the_sections_that_run_lose_their_rows(
     assert "versions changed: the rows of merge" in " ".join(capsys.readouterr().out.split())
 
 
+def test_a_run_that_is_cut_short_keeps_what_it_did_not_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(setting: Setting, cases: Sequence[Case]) -> Iterator[Row]:
+        raise AlignvecError("broken")
+        yield
+
+    path = tmp_path / "suite.json"
+    monkeypatch.setattr(registry, "SECTIONS", ("memory", "merge"))
+    monkeypatch.setattr(registry, "section", lambda name: _section([Case(name, "one")]))
+    run.main([], device="cpu", output=path, quick=True)
+    later = {"memory": _section([Case("memory", "two")]), "merge": _section([Case("merge", "two")], broken)}
+    monkeypatch.setattr(registry, "section", lambda name: later[name])
+    with pytest.raises(AlignvecError, match="broken"):
+        run.main([], device="cpu", output=path, quick=True)
+    assert [(row["section"], row["name"]) for row in record.read(path)["rows"]] == [("memory", "two"), ("merge", "one")]
+
+
 def test_another_device_s_results_are_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "section", lambda name: _section())
     path = tmp_path / "suite.json"
