@@ -115,7 +115,8 @@ def cases(setting: Setting) -> list[Case]:
             add(PEFT, 1, batch, kind, EAGER)
             add(PEFT, K, batch, kind, EAGER, "PEFT gives a row of a mixed batch one adapter, not several")
     for name in (*(f"{ONE_PASS}, {text}" for text in FORMATS), opponents.CHAIN):
-        made.append(Case("decode", name, {"k": K}))
+        slow = "low-rank" in name and setting.kind == "cpu"
+        made.append(Case("decode", name, {"k": K}, missing="it takes seconds on a CPU" if slow else ""))
     return [*made, *breakeven.cases(setting, FORMATS, K)]
 
 
