@@ -35,8 +35,9 @@ torch.library.define(
 )
 torch.library.define(
     "alignvec::cpu_norm",
-    "(Tensor x, Tensor? weight, Tensor? bias, Tensor? deltas, Tensor? bias_deltas, Tensor columns, Tensor table, "
-    "Tensor rows, Tensor? token_rows, float eps, float offset, bool centre, Tensor(a!) y) -> ()",
+    "(Tensor x, Tensor(b!)? residual, Tensor? weight, Tensor? bias, Tensor? deltas, Tensor? bias_deltas, "
+    "Tensor columns, Tensor table, Tensor rows, Tensor? token_rows, float eps, float offset, bool centre, "
+    "Tensor(a!) y) -> ()",
 )
 torch.library.define("alignvec::cpu_capability", "() -> str")
 
@@ -62,7 +63,7 @@ def linear(
     """`kernels.eager.linear`, compiled: x [tokens, in], weight [out, in] -> [tokens, out]."""
     shared = (columns, table, rows, token_rows)
     vectors = _with_zeros(operands)
-    if weight.dtype != x.dtype or not _compiled(x, weight, bias, bias_deltas, operands=vectors):
+    if weight.dtype != x.dtype or not takes(x, weight, bias, bias_deltas, operands=vectors):
         return eager.linear(x, weight, bias, operands, bias_deltas, *shared, execution=execution, precision=precision)
     y = x.new_empty(x.shape[0], weight.shape[0])
     choices = _choices(x.dtype, operands, execution, precision)
@@ -86,7 +87,7 @@ def prepared(
     What does not depend on x is found out once.
     """
     vectors = _with_zeros(operands)
-    if not _compiled(weight, bias, bias_deltas, operands=vectors):
+    if not takes(weight, bias, bias_deltas, operands=vectors):
         return None
     numbers, parts = layout(vectors)
     shared = (bias, numbers, parts, bias_deltas, columns, table, rows, None)
@@ -115,7 +116,7 @@ def embedding(
     """`kernels.eager.embedding`, compiled: ids [tokens], weight [vocabulary, dim] -> [tokens, dim]."""
     shared = (columns, table, rows, token_rows)
     vectors = _with_zeros(operands)
-    if not _compiled(weight, operands=vectors):
+    if not takes(weight, operands=vectors):
         return eager.embedding(ids, weight, operands, *shared)
     y = weight.new_empty(ids.shape[0], weight.shape[1])
     torch.ops.alignvec.cpu_embedding(ids.long().contiguous(), weight, *layout(vectors), *shared, y)
@@ -134,7 +135,7 @@ def materialise(
 ) -> None:
     """`kernels.eager.materialise`, compiled: weight, out and low [out, in], in storage of their own."""
     vectors = _with_zeros(operands)
-    if _compiled(weight, out, low, operands=vectors):
+    if takes(weight, out, low, operands=vectors):
         torch.ops.alignvec.cpu_materialise(weight, *layout(vectors), columns, table, out, low)
     else:
         eager.materialise(weight, operands, columns, table, rows, out=out, low=low)
@@ -154,27 +155,11 @@ def rms_norm(
 ) -> Tensor:
     """`kernels.eager.rms_norm`, compiled: x [tokens, features], deltas [k, features] -> [tokens, features]."""
     shared = (columns, table, rows, token_rows)
-    if not _compiled(x, weight, deltas):
+    if not takes(x, weight, deltas):
         return eager.rms_norm(x, weight, deltas, *shared, eps=eps, offset=offset)
     y = x.new_empty(x.shape)
-    torch.ops.alignvec.cpu_norm(x, weight, None, deltas, None, *shared, eps, offset, False, y)
+    torch.ops.alignvec.cpu_norm(x, None, weight, None, deltas, None, *shared, eps, offset, False, y)
     return y
-
-
-def add_rms_norm(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    deltas: Tensor | None,
-    columns: Tensor,
-    table: Tensor,
-    rows: Tensor,
-    *,
-    eps: float,
-    offset: float = 0.0,
-) -> Tensor:
-    """`residual += x`, then `rms_norm` of it: x, residual [tokens, features], deltas [k, features] or None."""
-    return rms_norm(residual.add_(x), weight, deltas, columns, table, rows, eps=eps, offset=offset)
 
 
 def layer_norm(
@@ -192,14 +177,14 @@ def layer_norm(
 ) -> Tensor:
     """`kernels.eager.layer_norm`, compiled: x [tokens, features], deltas [k, features] -> [tokens, features]."""
     shared = (columns, table, rows, token_rows)
-    if not _compiled(x, weight, bias, deltas, bias_deltas):
+    if not takes(x, weight, bias, deltas, bias_deltas):
         return eager.layer_norm(x, weight, bias, deltas, bias_deltas, *shared, eps=eps)
     y = x.new_empty(x.shape)
-    torch.ops.alignvec.cpu_norm(x, weight, bias, deltas, bias_deltas, *shared, eps, 0.0, True, y)
+    torch.ops.alignvec.cpu_norm(x, None, weight, bias, deltas, bias_deltas, *shared, eps, 0.0, True, y)
     return y
 
 
-def _compiled(*tensors: Tensor | None, operands: Sequence[Operand] = ()) -> bool:
+def takes(*tensors: Tensor | None, operands: Sequence[Operand] = ()) -> bool:
     """Whether csrc/cpu has what these tensors and operands need."""
     rows = [t for t in tensors if t is not None]
     if any(0 in t.shape[-1:] for t in rows):

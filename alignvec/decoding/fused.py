@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alignvec import ops
 from alignvec.decoding.cache import RowCache
 from alignvec.edit import Edit
 from alignvec.kernels.operands import dense
 from alignvec.modules import Aligned, AlignedLinear, AlignedRootMeanSquare, root_mean_square
-from alignvec.ops.prepared import Layer, linear_group
+from alignvec.ops import prepared
 
 _ACTIVATIONS = {
     "silu": "silu",
@@ -66,14 +65,14 @@ class _Linear:
         if len({member.bias is None for member in members}) > 1:
             raise UnrecognisedError("of the projections that read one tensor some have a bias and some have none")
         layers = [_operands(member, table) for member in members]
-        self._run = linear_group(layers, table.table, table.rows, *table.choices)
+        self._run = prepared.linear_group(layers, table.table, table.rows, *table.choices)
         self.sizes = [member.weight.shape[0] for member in members]
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._run(x)
 
 
-def _operands(member: nn.Linear, table: _Table) -> Layer:
+def _operands(member: nn.Linear, table: _Table) -> prepared.Layer:
     edit = member.edit if isinstance(member, AlignedLinear) else None
     if edit is None:
         return member.weight, member.bias, [], None, table.none
@@ -96,45 +95,49 @@ class _Norm:
             raise UnrecognisedError(f"{type(module).__name__} is no root-mean-square norm with one weight")
         edit = module.edit if isinstance(module, Aligned) else None
         stack, columns = (None, table.none) if edit is None else (edit.stack("weight"), edit.columns)
-        self._norm = (module.weight, stack, columns, table.table, table.rows, *form, table.choices[2])
+        eps, offset = form
+        mix = (module.weight, stack, columns, table.table, table.rows)
+        self._run = prepared.add_rms_norm(*mix, eps=eps, offset=offset, backend=table.choices[2])
 
     def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
-        y: Tensor = ops.add_rms_norm(x, residual, *self._norm)
-        return y
+        return self._run(x, residual)
 
 
 class _Layer:
     """One decoder layer for one token of each row."""
 
-    def __init__(self, layer: Any, config: Any, table: _Table) -> None:
+    def __init__(
+        self, layer: Any, config: Any, table: _Table, position: tuple[Tensor, Tensor], cache: tuple[Tensor, Tensor]
+    ) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.input_norm = _Norm(layer.input_layernorm, table)
         self.qkv = _Linear([_linear(attention, name) for name in ("q_proj", "k_proj", "v_proj")], table)
         self.query_norm: Any = getattr(attention, "q_norm", None)
         self.key_norm: Any = getattr(attention, "k_norm", None)
-        self.head_dim, self.scale = int(attention.head_dim), float(attention.scaling)
+        self.head_dim = int(attention.head_dim)
         window = (
             attention.sliding_window
             if hasattr(attention, "sliding_window")
             else getattr(config, "sliding_window", None)
         )
-        self.window = int(window or 0)
+        backend = table.choices[2]
+        self.attention = prepared.attention(
+            *position, *cache, scale=float(attention.scaling), window=int(window or 0), backend=backend
+        )
         self.out = _Linear([_linear(attention, "o_proj")], table)
         self.norm = _Norm(layer.post_attention_layernorm, table)
         self.gate_up = _Linear([_linear(mlp, name) for name in ("gate_proj", "up_proj")], table)
-        self.activation = _ACTIVATIONS[config.hidden_act]
+        self.gate = prepared.gated(mlp.down_proj.weight, _ACTIVATIONS[config.hidden_act], backend)
         self.down = _Linear([_linear(mlp, "down_proj")], table)
-        self.backend = table.choices[2]
+        self._parts = [size // self.head_dim for size in self.qkv.sizes]
 
-    def __call__(self, x: Tensor, residual: Tensor, position: tuple[Tensor, Tensor], cache: Any, at: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, residual: Tensor, at: Tensor) -> Tensor:
         heads = self.qkv(self.input_norm(x, residual)).view(x.shape[0], -1, self.head_dim)
-        q, k, v = heads.split([size // self.head_dim for size in self.qkv.sizes], 1)
+        q, k, v = heads.split(self._parts, 1)
         if self.query_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
-        q = ops.rotary_append(q, k, v, *position, at, *cache, self.backend)
-        attended = ops.decode_attention(q, *cache, at, self.scale, self.window, self.backend)
-        y = self.norm(self.out(attended), residual)
-        return self.down(ops.gated(self.gate_up(y), self.activation, self.backend))
+        y = self.norm(self.out(self.attention(q, k, v, at)), residual)
+        return self.down(self.gate(self.gate_up(y)))
 
 
 class FusedForward:
@@ -151,19 +154,22 @@ class FusedForward:
         table = _Table.of(edit, cache.lengths.device)
         self.cache = cache
         self.embedding, self.head = backbone.embed_tokens, model.get_output_embeddings()
-        self.layers = [_Layer(layer, config, table) for layer in backbone.layers]
-        self.norm = _Norm(backbone.norm, table)
         positions = torch.arange(cache.max_length, device=cache.lengths.device)[None]
         like = cache.layers[0][0].new_empty(1, 1, 1)
         cos, sin = backbone.rotary_emb(like, position_ids=positions)  # as the model rounds them
-        self.position = cos[0].contiguous(), sin[0].contiguous()
+        position = cos[0].contiguous(), sin[0].contiguous()
+        self.layers = [
+            _Layer(layer, config, table, position, own)
+            for layer, own in zip(backbone.layers, cache.layers, strict=True)
+        ]
+        self.norm = _Norm(backbone.norm, table)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         at = self.cache.lengths[: tokens.shape[0]]
         x = self.embedding(tokens[:, None])[:, 0]
         residual = torch.zeros_like(x)
-        for layer, cache in zip(self.layers, self.cache.layers, strict=True):
-            x = layer(x, residual, self.position, cache, at)
+        for layer in self.layers:
+            x = layer(x, residual, at)
         logits: Tensor = self.head(self.norm(x, residual))
         return logits
 

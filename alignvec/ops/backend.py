@@ -12,11 +12,13 @@ from torch import Tensor
 
 from alignvec import planner
 
+CPP = {"eager": "cpu", "eager_step": "cpu_step"}  # modules of alignvec.compiled beside those of kernels
+
 
 def kernel(device: torch.device, backend: str, family: str, name: str, eager: str = "eager") -> Callable[..., Any]:
     """`name` of a family of operators other than linear layers, as `backend` has it for tensors on `device`.
 
-    eager: the module of its torch version, which also serves "cpp" where csrc/cpu has none of that name.
+    eager: the module of its torch version; "cpp" has one for each.
     """
     return _load(planner.beside_linear(device.type, backend), family, name, eager)
 
@@ -24,12 +26,12 @@ def kernel(device: torch.device, backend: str, family: str, name: str, eager: st
 @functools.cache
 def _load(backend: str, family: str, name: str, eager: str) -> Callable[..., Any]:
     # On first use: importing alignvec does not import triton, nor load a library.
-    function: Callable[..., Any]
     if backend == "triton":
-        function = getattr(importlib.import_module(f"alignvec.kernels.{family}"), name)
-        return function
-    function = getattr(importlib.import_module(f"alignvec.kernels.{eager}"), name)
-    return function if backend == "torch" else getattr(importlib.import_module("alignvec.compiled.cpu"), name, function)
+        module = f"alignvec.kernels.{family}"
+    else:
+        module = f"alignvec.kernels.{eager}" if backend == "torch" else f"alignvec.compiled.{CPP[eager]}"
+    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return function
 
 
 def no_gradients(inputs: tuple[Any, ...]) -> list[Any]:

@@ -1,18 +1,22 @@
-"""Linear layers for a caller that makes one call again and again: what does not depend on x is found out once.
+"""A layer's operators for a caller that makes one call again and again: what stays the same is found out once.
 
-Outside of torch's dispatcher: nothing traces or differentiates these calls.
+Outside of torch's dispatcher: nothing traces, differentiates or checks these calls.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from alignvec import planner
 from alignvec.kernels.operands import Operand
+from alignvec.ops.backend import kernel
 from alignvec.ops.linear import joined
+from alignvec.ops.step import EAGER
 
 Into = Callable[[Tensor, Tensor], None]  # x, y
 Layer = tuple[Tensor, Tensor | None, Sequence[Operand], Tensor | None, Tensor]
@@ -68,3 +72,64 @@ def _side_by_side(
         return results[0] if len(results) == 1 else torch.cat(results, 1)
 
     return run
+
+
+def add_rms_norm(
+    weight: Tensor,
+    deltas: Tensor | None,
+    columns: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    *,
+    eps: float,
+    offset: float,
+    backend: str,
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """`alignvec::add_rms_norm` of this norm: x, residual [tokens, features] in one dtype -> [tokens, features]."""
+    settled = (weight, deltas, columns, table, rows)
+    if (step := _compiled(weight.device, backend)) is not None:
+        own: Callable[[Tensor, Tensor], Tensor] | None
+        own = step.prepare_add_rms_norm(*settled, eps=eps, offset=offset)
+        if own is not None:
+            return own
+    run = kernel(weight.device, backend, "norm", "add_rms_norm", EAGER)
+    return lambda x, residual: run(x, residual, *settled, eps=eps, offset=offset)
+
+
+def attention(
+    cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, *, scale: float, window: int, backend: str
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """`alignvec::rotary_append`, then `alignvec::decode_attention`, on this cache.
+
+    q [rows, heads, D], k, v [rows, kv_heads, D] in the cache's dtype, lengths int32 [rows] -> [rows, heads D].
+    """
+    if (step := _compiled(keys.device, backend)) is not None:
+        append = step.prepare_rotary_append(cos, sin, keys, values)
+        attend = step.prepare_decode_attention(keys, values, scale=scale, window=window)
+        if append is not None and attend is not None:
+            return lambda q, k, v, lengths: attend(append(q, k, v, lengths), lengths)
+    turned = kernel(keys.device, backend, "rotary", "rotary_append", EAGER)
+    run = kernel(keys.device, backend, "attention", "decode_attention", EAGER)
+
+    def both(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+        q = turned(q, k, v, cos, sin, lengths, keys, values)
+        y: Tensor = run(q, keys, values, lengths, scale=scale, window=window)
+        return y
+
+    return both
+
+
+def gated(like: Tensor, activation: str, backend: str) -> Callable[[Tensor], Tensor]:
+    """`alignvec::gated`: gate_up [tokens, 2 features] of the dtype and device of `like` -> [tokens, features]."""
+    if (step := _compiled(like.device, backend)) is not None and step.takes(like):
+        own: Callable[[Tensor], Tensor] = step.prepare_gated(activation)
+        return own
+    run = kernel(like.device, backend, "gate", "gated", EAGER)
+    return lambda gate_up: run(gate_up, activation=activation)
+
+
+def _compiled(device: torch.device, backend: str) -> ModuleType | None:
+    """csrc/cpu's side of a decode step, where that is what runs."""
+    if planner.beside_linear(device.type, backend) != "cpp":
+        return None
+    return importlib.import_module("alignvec.compiled.cpu_step")  # on first use: it loads a library

@@ -6,12 +6,14 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "elementwise.h"
 #include "linear.h"
+#include "step.h"
 
 namespace alignvec {
 namespace {
@@ -216,13 +218,14 @@ void cpu_embedding(const Tensor& ids, const Tensor& weight, const std::vector<in
   embedding(call, loop);
 }
 
-void cpu_norm(const Tensor& x, const Optional& weight, const Optional& bias, const Optional& deltas,
-              const Optional& bias_deltas, const Tensor& columns, const Tensor& table, const Tensor& rows,
-              const Optional& token_rows, double eps, double offset, bool centre, const Tensor& y) {
+void cpu_norm(const Tensor& x, const Optional& residual, const Optional& weight, const Optional& bias,
+              const Optional& deltas, const Optional& bias_deltas, const Tensor& columns, const Tensor& table,
+              const Tensor& rows, const Optional& token_rows, double eps, double offset, bool centre, const Tensor& y) {
   Norm call;
   call.tokens = x.size(0), call.features = x.size(1);
   const int64_t vectors = deltas.has_value() ? deltas->size(0) : bias_deltas.has_value() ? bias_deltas->size(0) : 0;
   call.x = matrix(x, "x");
+  call.residual = rows_of(residual, call.tokens, call.features, "residual");
   call.weight = row(weight, call.features, "weight");
   call.bias = row(bias, call.features, "bias");
   call.deltas = rows_of(deltas, vectors, call.features, "deltas");
@@ -231,6 +234,72 @@ void cpu_norm(const Tensor& x, const Optional& weight, const Optional& bias, con
   call.eps = static_cast<float>(eps), call.offset = static_cast<float>(offset), call.centre = centre;
   call.y = matrix(y, call.tokens, call.features, "y");
   norm(call, loop);
+}
+
+Heads heads(const Tensor& t, const Tensor& like, std::initializer_list<int64_t> sizes, const char* name) {
+  const int64_t last = static_cast<int64_t>(sizes.size()) - 1;
+  bool fits = t.dim() == last + 1 && t.scalar_type() == like.scalar_type() && t.size(0) >= *sizes.begin();
+  for (int64_t i = 1; fits && i <= last; ++i) fits = t.size(i) == sizes.begin()[i];
+  STD_TORCH_CHECK(fits && (t.stride(last) == 1 || t.size(last) == 1), name,
+                  ": its shape, dtype or strides do not fit the queries");
+  Heads made;
+  made.data = static_cast<char*>(t.data_ptr());
+  made.dtype = matrix(t, name).dtype;
+  for (int64_t i = 0; i < last; ++i) made.strides[i] = t.stride(i);
+  return made;
+}
+
+void cpu_rotary_append(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos, const Tensor& sin,
+                       const Tensor& lengths, const Tensor& keys, const Tensor& values, const Tensor& y) {
+  STD_TORCH_CHECK(q.dim() == 3 && keys.dim() == 4 && cos.dim() == 2 && keys.size(2) > 0,
+                  "q: it must be [rows, heads, D], with a cache of positions and their angles");
+  RotaryAppend call;
+  call.rows = q.size(0), call.heads = q.size(1), call.features = q.size(2);
+  call.kv_heads = keys.size(1), call.max_length = keys.size(2), call.rotary = cos.size(1);
+  STD_TORCH_CHECK(call.rotary % 2 == 0 && call.rotary <= call.features && cos.size(0) >= call.max_length,
+                  "cos: it must be [max_length, an even number of features]");
+  call.q = heads(q, q, {call.rows, call.heads, call.features}, "q");
+  call.k = heads(k, q, {call.rows, call.kv_heads, call.features}, "k");
+  call.v = heads(v, q, {call.rows, call.kv_heads, call.features}, "v");
+  call.y = heads(y, q, {call.rows, call.heads, call.features}, "y");
+  call.cos = matrix(cos, cos.size(0), call.rotary, "cos");
+  call.sin = matrix(sin, cos.size(0), call.rotary, "sin");
+  STD_TORCH_CHECK(call.cos.dtype == call.q.dtype && call.sin.dtype == call.q.dtype,
+                  "cos: it must have the dtype of the queries, and so must sin");
+  call.lengths = integers(lengths, call.rows, "lengths");
+  call.keys = heads(keys, q, {call.rows, call.kv_heads, call.max_length, call.features}, "keys");
+  call.values = heads(values, q, {call.rows, call.kv_heads, call.max_length, call.features}, "values");
+  rotary_append(call, loop);
+}
+
+void cpu_decode_attention(const Tensor& q, const Tensor& keys, const Tensor& values, const Tensor& lengths,
+                          double scale, int64_t window, const Tensor& y) {
+  STD_TORCH_CHECK(q.dim() == 3 && keys.dim() == 4 && keys.size(2) > 0 && q.size(2) > 0,
+                  "q: it must be [rows, heads, D], with a cache of positions");
+  Attention call;
+  call.rows = q.size(0), call.heads = q.size(1), call.features = q.size(2);
+  call.kv_heads = keys.size(1), call.max_length = keys.size(2);
+  STD_TORCH_CHECK(call.kv_heads > 0 && call.heads % call.kv_heads == 0, "keys: their heads must divide those of q");
+  call.q = heads(q, q, {call.rows, call.heads, call.features}, "q");
+  call.keys = heads(keys, q, {call.rows, call.kv_heads, call.max_length, call.features}, "keys");
+  call.values = heads(values, q, {call.rows, call.kv_heads, call.max_length, call.features}, "values");
+  call.y = heads(y, q, {call.rows, call.heads, call.features}, "y");
+  call.lengths = integers(lengths, call.rows, "lengths");
+  call.scale = static_cast<float>(scale), call.window = window;
+  decode_attention(call, loop);
+}
+
+void cpu_gated(const Tensor& gate_up, int64_t activation, const Tensor& y) {
+  Gate call;
+  STD_TORCH_CHECK(gate_up.dim() == 2, "gate_up: it must be [tokens, 2 features]");
+  call.tokens = gate_up.size(0), call.features = gate_up.size(1) / 2;
+  call.x = matrix(gate_up, call.tokens, 2 * call.features, "gate_up");
+  call.y = matrix(y, call.tokens, call.features, "y");
+  STD_TORCH_CHECK(call.y.dtype == call.x.dtype, "y: it must have the dtype of gate_up");
+  STD_TORCH_CHECK(activation >= 0 && activation <= static_cast<int64_t>(Activation::gelu_tanh),
+                  "activation: there is no number ", activation);
+  call.activation = static_cast<Activation>(activation);
+  gated(call, loop);
 }
 
 std::string cpu_capability() { return kernels().name; }
@@ -242,6 +311,9 @@ STABLE_TORCH_LIBRARY_IMPL(alignvec, CPU, m) {
   m.impl("cpu_materialise", TORCH_BOX(&cpu_materialise));
   m.impl("cpu_embedding", TORCH_BOX(&cpu_embedding));
   m.impl("cpu_norm", TORCH_BOX(&cpu_norm));
+  m.impl("cpu_rotary_append", TORCH_BOX(&cpu_rotary_append));
+  m.impl("cpu_decode_attention", TORCH_BOX(&cpu_decode_attention));
+  m.impl("cpu_gated", TORCH_BOX(&cpu_gated));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(alignvec, CompositeExplicitAutograd, m) {
@@ -251,4 +323,4 @@ STABLE_TORCH_LIBRARY_IMPL(alignvec, CompositeExplicitAutograd, m) {
 }  // namespace alignvec
 
 // The version of the schemas that this file implements: alignvec/compiled refuses a library of another one.
-extern "C" __attribute__((visibility("default"))) int alignvec_schemas() { return 1; }
+extern "C" __attribute__((visibility("default"))) int alignvec_schemas() { return 2; }

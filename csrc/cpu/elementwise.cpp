@@ -149,7 +149,14 @@ void norm(const Norm& call, Loop loop) {
     const float count = static_cast<float>(call.features);
     for (int64_t t = first; t < last; ++t) {
       float sum, squares, mean = 0;
-      own.load_row(call.x, t, call.features, row.data());
+      if (call.residual.data == nullptr) {
+        own.load_row(call.x, t, call.features, row.data());
+      } else {
+        own.load_row(call.residual, t, call.features, row.data());
+        own.add_row(dense_operand(call.x, call.tokens, call.features), call.x, t, 1.0f, row.data());
+        own.store(row.data(), call.features, call.residual.dtype, row_of(call.residual, t), nullptr);
+        if (call.residual.dtype != DType::f32) own.load_row(call.residual, t, call.features, row.data());
+      }
       if (call.centre) {
         own.moments(row.data(), call.features, 0, &sum, &squares);
         mean = sum / count;

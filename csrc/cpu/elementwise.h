@@ -37,11 +37,13 @@ struct Embedding {
 void embedding(const Embedding& call, Loop loop);
 
 // y[m] = (x[m] - mean) / sqrt(mean((x[m] - mean)^2) + eps) (offset + w + sum_i c[m, i] d_i) + b + sum_i c[m, i] b_i;
-// without `centre` the mean is taken for 0. weight, bias and their deltas [vectors, features] may be null.
+// without `centre` the mean is taken for 0. weight, bias and their deltas [vectors, features] may be null; a residual
+// that is not gets x added, rounded, and is what the norm is of.
 struct Norm {
   int64_t tokens = 0;
   int64_t features = 0;
   Matrix x;
+  Matrix residual;
   Matrix weight;
   Matrix bias;
   Matrix deltas;

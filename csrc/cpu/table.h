@@ -1,7 +1,9 @@
 // The table of an instruction set whose registers hold N floats.
 #pragma once
 
+#include "attend.h"
 #include "dots.h"
+#include "halves.h"
 #include "rows.h"
 
 namespace alignvec {
@@ -11,8 +13,8 @@ inline bool reads_f32(const Operand&) { return false; }
 
 template <int N>
 constexpr Kernels table(const char* name) {
-  return {name,       reads_f32,    dots_f32<N>,   nullptr,      mix_dense<N>, load_row<N>,
-          add_row<N>, store_row<N>, stream_row<N>, scale_row<N>, moments<N>};
+  return {name,          reads_f32,    dots_f32<N>, nullptr,   mix_dense<N>, load_row<N>, add_row<N>,   store_row<N>,
+          stream_row<N>, scale_row<N>, moments<N>,  rotate<N>, gate<N>,      weigh<N>,    add_values<N>};
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 namespace alignvec {
 
 enum class DType { f32, bf16 };
+enum class Activation { silu, gelu, gelu_tanh };
 
 inline int64_t item_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
@@ -136,6 +137,17 @@ struct Kernels {
   void (*scale_row)(const float* x, int64_t count, float mean, float scale, const float* weight, float offset,
                     const float* bias, float* out);
   void (*moments)(const float* x, int64_t count, float center, float* sum, float* squares);
+  // out = x cos + (-second half of x, first half) sin on the first `rotary` features, x after them.
+  void (*rotate)(const void* x, const void* cos, const void* sin, int64_t rotary, int64_t features, DType dtype,
+                 void* out);
+  // out[k] = activation(gate[k]) up[k].
+  void (*gate)(const void* gate, const void* up, int64_t features, DType dtype, Activation activation, void* out);
+  // scores[t * TILE_TOKENS + m] of so many keys, in memory for whole tiles of TILE_ROWS, become e^(scale score -
+  // maxima[m]), and sums[m] is their sum over the keys.
+  void (*weigh)(float* scores, int64_t keys, float scale, float* maxima, float* sums);
+  // sums[m * stride + k] += sum_t weights[t * TILE_TOKENS + m] values[first + t][k] for 1 or TILE_TOKENS queries.
+  void (*add_values)(const Matrix& values, int64_t first, int64_t keys, int64_t features, const float* weights,
+                     int tokens, int64_t stride, float* sums);
 };
 
 // The best kernels this CPU runs, or those that ALIGNVEC_CPU names (portable, avx2, avx512, avx512_bf16, amx).
