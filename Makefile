@@ -26,7 +26,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CSRC)
 
-# Measures on the device at hand, on an idle machine, in under ten minutes; never part of the tests.
+# Measures on the device at hand, on an idle machine; never part of the tests.
 bench: $(VENV)/.csrc
 	$(BIN)/python -m bench.run
 	$(BIN)/python -m bench.plot
