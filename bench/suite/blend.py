@@ -52,11 +52,11 @@ def measure(setting: Setting, cases: Sequence[Case]) -> Iterator[Row]:
     plain = twin(model)
     context, most = CONTEXTS[setting.model], max(PROMPTS[setting.model])
     ids = prompt(setting, model, context)
+    merged = [decoder(setting, plain, most, context) for _ in range(max(POLICIES))]
     for text in FORMATS:
         alignment = alignvec.attach(model, models.vectors(model, text, K), max_rows=max(POLICIES) * most)
         shared = decoder(setting, model, max(POLICIES) * most, context)
         single, *alone = (decoder(setting, model, most, context) for _ in range(1 + max(POLICIES)))
-        merged = [decoder(setting, plain, most, context) for _ in range(max(POLICIES))]
         for prompts in PROMPTS[setting.model]:
             taken: dict[tuple[str, int | None], list[float]] = {}
             for policies in POLICIES:
