@@ -11,6 +11,7 @@ import datetime
 import importlib.metadata
 import json
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -55,7 +56,7 @@ def device_name(device: str) -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-    return model or platform.processor() or platform.machine()
+    return re.sub(r"\((R|TM)\)", "", model) or platform.processor() or platform.machine()
 
 
 def spread(samples: Sequence[float]) -> Row:
@@ -67,8 +68,8 @@ def spread(samples: Sequence[float]) -> Row:
 
 
 def results_file(bench: str, device: str) -> Path:
-    """Where the results of a benchmark on that device are kept."""
-    return RESULTS / f"{bench}-{file_name(device_name(device)) if device.startswith('cuda') else 'cpu.json'}"
+    """Where the results of a benchmark on that device are kept: a file each, CPUs' too."""
+    return RESULTS / f"{bench}-{file_name(device_name(device))}"
 
 
 def refuse(path: Path, record: dict[str, Any]) -> None:

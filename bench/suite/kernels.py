@@ -1,7 +1,8 @@
 """Kernels: the sums over a model's linear layers that `bench.kernels` measures, and its re-merges.
 
-`bench.kernels` runs as it does alone: the setting's model plays no part, and unless the run is quick its own file in
-bench/results is written, too, which has every shape. Ratios are shown where they have a target.
+`bench.kernels` runs as it does alone; the setting's model plays no part. On a GPU its own file in bench/results is
+written, too, which has every shape; a CPU, where all of it takes longer than the whole suite may, measures what
+`--quick` does. Ratios are shown where they have a target.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ RATIO, SPEEDUP, SHARE = "times merged", f"speed, times {opponents.CHAIN}", "shar
 
 
 def cases(setting: Setting) -> list[Case]:
-    made = []
-    for tokens in (table.QUICK if setting.quick else table.TOKENS)[setting.kind]:
-        for case in table.cases(setting.kind, tokens, setting.quick):
+    made, quick = [], _quick(setting)
+    for tokens in (table.QUICK if quick else table.TOKENS)[setting.kind]:
+        for case in table.cases(setting.kind, tokens, quick):
             said = {key: getattr(case, key) for key in SHOWN}
             made.append(Case("kernels", case.name, said))
             if case.target is not None:
                 made.append(Case("kernels", f"{case.name}, {RATIO}", said, "x", "lower", case.target))
-    ways = [name for name, own in table.FORMATS.items() if own and (name == "dense" or not setting.quick)]
+    ways = [name for name, own in table.FORMATS.items() if own and (name == "dense" or not quick)]
     ways += [opponents.EXPRESSION, opponents.CHAIN, *([opponents.COMPILED] if setting.kind == "cuda" else [])]
     made += [Case("kernels", f"re-merge, {name}", {"dtype": "bfloat16"}) for name in ways]
     figure, target = (SHARE, table.REMERGE) if setting.kind == "cuda" else (SPEEDUP, table.REMERGE_CPU)
@@ -37,11 +38,15 @@ def cases(setting: Setting) -> list[Case]:
 
 def measure(setting: Setting, cases: Sequence[Case]) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "kernels.json" if setting.quick else record.results_file("kernels", setting.device)
-        quick = ["--quick"] if setting.quick else []
+        output = Path(folder) / "kernels.json" if _quick(setting) else record.results_file("kernels", setting.device)
+        quick = ["--quick"] if _quick(setting) else []
         python("bench.kernels", "--device", setting.device, "--output", str(output), *quick)
         kept = record.read(output)
     yield from rows(kept["rows"], cases)
+
+
+def _quick(setting: Setting) -> bool:
+    return setting.quick or setting.kind == "cpu"
 
 
 def rows(measured: Sequence[Row], cases: Sequence[Case]) -> Iterator[Row]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -15,11 +17,12 @@ NEW = 4
 
 
 @pytest.fixture(params=("triton", "cuda", "cpp", "torch"))
-def backend(request: pytest.FixtureRequest) -> str:
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     reason = backends.obstacle(DEVICE, request.param)
     if reason is not None:
         pytest.skip(f"{request.param} cannot run on {DEVICE}: {reason}")
-    return str(request.param)
+    yield str(request.param)
+    backends.resolve_backend.cache_clear()
 
 
 @pytest.mark.parametrize("architecture", ["Mistral", "Llama", "Qwen3"])
@@ -39,6 +42,7 @@ def test_every_backend_decodes_alike(backend: str, architecture: str) -> None:
 
 def test_a_model_without_vectors(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ALIGNVEC_BACKEND", backend)
+    backends.resolve_backend.cache_clear()
     model = tiny(num_hidden_layers=2).to(DEVICE)
     ids = torch.randint(3, 101, (2, 6), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     decoder = Decoder(model, max_batch=2, max_length=16)
