@@ -21,7 +21,7 @@ from rich.table import Table
 import alignvec
 from alignvec import planner
 from alignvec.errors import AlignvecError
-from alignvec.planner.explain import cpu_capability
+from alignvec.planner.cpu import cpu_capability
 from alignvec.recipes.models import model_path
 from bench import record
 from bench.cases import QUICK, SET_MICROSECONDS, TOKENS, cases

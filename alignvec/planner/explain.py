@@ -18,6 +18,7 @@ from alignvec.kernels import configs
 from alignvec.kernels.operands import ROW, plane_width
 from alignvec.planner import choice
 from alignvec.planner.backends import BACKENDS, EXECUTIONS, PRECISIONS, check_choice, obstacle, resolve_backend
+from alignvec.planner.cpu import cpu_capability
 from alignvec.planner.devices import find
 from alignvec.planner.problem import Plan, Problem
 
@@ -104,13 +105,6 @@ def _auto(device_type: str) -> str:
         return f"{resolve_backend(device_type)} on {'CPUs' if device_type == 'cpu' else 'GPUs'}"
     except AlignvecError as error:  # ALIGNVEC_BACKEND names one that cannot run
         return str(error)
-
-
-def cpu_capability() -> str:
-    """The instruction set that csrc/cpu runs, where it is live."""
-    import alignvec.compiled.cpu  # noqa: F401 - defines the operator
-
-    return str(torch.ops.alignvec.cpu_capability())
 
 
 def table_in_use(device_name: str) -> str:
