@@ -50,10 +50,10 @@ ROWS = [
 
 
 def test_the_block_shows_wins_and_losses(tmp_path: Path) -> None:
-    text = readme.block([_stored(tmp_path, ROWS)])
+    text = readme.block(_stored(tmp_path, ROWS))
     assert text.startswith("**Machine** (tiny, ")
     assert "; 2026-01-02; " in text
-    assert "[data](bench/results/suite-machine.json)" in text
+    assert "[data](../bench/results/suite-machine.json)" in text
     assert "1 of 2 targets are met." in text
     lines = text.splitlines()
     assert "| merged | 1 ms | 2 ms |" in lines
@@ -66,24 +66,43 @@ def test_the_block_shows_wins_and_losses(tmp_path: Path) -> None:
     assert verdicts == [["2 ms", "<= 3 ms", "met |"], ["2 x", "<= 1.7 x", "missed |"]]
 
 
-def test_only_the_block_is_written_and_checked(tmp_path: Path) -> None:
-    page = tmp_path / "README.md"
-    page.write_text(MARKS)
+def test_the_readme_has_what_matters_and_every_loss(tmp_path: Path) -> None:
+    text = readme.front(_stored(tmp_path, ROWS))
+    assert "[data](bench/results/suite-machine.json)" in text
+    assert "| int4, k = 3 | 2 ms | 3 ms |" in text
+    assert "1 of 2 targets are met." in text
+    assert [line.split(" | ")[-3:] for line in text.splitlines() if line.endswith("| missed |")] == [
+        ["2 x", "<= 1.7 x", "missed |"]
+    ]
+    assert "The paper's half cost of prompting holds for answers of some length in 0 of 1 (int4) cases." in text
+    assert "break-even" not in text
+
+
+def test_only_the_blocks_are_written_and_checked(tmp_path: Path) -> None:
+    first, second = tmp_path / "README.md", tmp_path / "benchmarks.md"
+    first.write_text(MARKS)
+    second.write_text(MARKS)
+    options: dict[str, Any] = {"readme": first, "page": second, "results": tmp_path}
     path = _stored(tmp_path, ROWS)
     with pytest.raises(AlignvecError, match=r"README.md does not show what is stored .* run python -m bench.readme"):
-        readme.main(check=True, readme=page, results=tmp_path)
-    assert page.read_text() == MARKS
-    readme.main(check=False, readme=page, results=tmp_path)
-    text = page.read_text()
-    assert text.startswith(f"before\n{readme.BEGIN}\n**Machine**")
-    assert text.endswith(f"\n{readme.END}\nafter\n")
-    readme.main(check=True, readme=page, results=tmp_path)
+        readme.main(check=True, **options)
+    assert first.read_text() == second.read_text() == MARKS
+    readme.main(check=False, **options)
+    for page in (first, second):
+        text = page.read_text()
+        assert text.startswith(f"before\n{readme.BEGIN}\n**Machine**")
+        assert text.endswith(f"\n{readme.END}\nafter\n")
+    assert first.read_text() != second.read_text()
+    readme.main(check=True, **options)
+    second.write_text(MARKS)
+    with pytest.raises(AlignvecError, match=r"benchmarks.md does not show"):
+        readme.main(check=True, **options)
     _stored(tmp_path, [*ROWS[:1], _step(decode.MERGED, 4, 2.5e-3)])
-    with pytest.raises(AlignvecError, match="does not show"):
-        readme.main(check=True, readme=page, results=tmp_path)
+    with pytest.raises(AlignvecError, match=r"README.md does not show"):
+        readme.main(check=True, **options)
     path.unlink()
-    readme.main(check=False, readme=page, results=tmp_path)
-    assert readme.NOTHING in page.read_text()
+    readme.main(check=False, **options)
+    assert readme.NOTHING in first.read_text()
 
 
 @pytest.mark.parametrize("text", ["none", readme.BEGIN, f"{readme.END}{readme.BEGIN}", MARKS * 2])
@@ -94,8 +113,8 @@ def test_a_page_without_the_marks_is_refused(text: str) -> None:
 
 def test_results_of_another_benchmark_are_refused(tmp_path: Path) -> None:
     with pytest.raises(AlignvecError, match="is not of the suite but of 'kernels'"):
-        readme.block([_stored(tmp_path, ROWS, bench="kernels")])
+        readme.block(_stored(tmp_path, ROWS, bench="kernels"))
 
 
 def test_the_readme_is_up_to_date() -> None:
-    readme.main(check=True, readme=readme.README, results=record.RESULTS)
+    readme.main(check=True, readme=readme.README, page=readme.PAGE, results=record.RESULTS)
