@@ -64,11 +64,12 @@ def combine_tokens(vectors: Iterable[tuple[str, int]], pair: bool) -> int:
     """The tokens of one mix from which csrc/cpu forms it rather than adding products, as measured.
 
     vectors: kind and bits of each. A mix takes time for each vector and spares its product; held as a `pair` of bf16
-    numbers it takes one product more itself, and by tiles a quarter of one in all. Low-rank vectors stay out of it.
+    numbers it takes one product more itself, and by tiles a quarter of one in all. Low-rank vectors stay out of it:
+    beside them alone the mix is the base.
     """
     own = [vector for vector in vectors if vector[0] != "low-rank"]
     if not own:
-        return NEVER
+        return 20 if pair and tiles() else NEVER
     if pair and tiles():
         return math.ceil((13 + 7 * len(own)) / (0.75 + sum(PRODUCT_BESIDE_TILES.get(vector, 1.0) for vector in own)))
     spared = sum(PRODUCT.get(vector, 1.0) if pair else 1.0 for vector in own) - (1 if pair else 0)
