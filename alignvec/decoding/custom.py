@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from alignvec.decoding.generate import Blend, Stop, padded, sequences
+from alignvec.decoding.generate import Blend, Stop, padded, sequences, until
 from alignvec.decoding.mixes import Schedule
 from alignvec.decoding.sampling import from_transformers
 from alignvec.errors import AlignvecError
@@ -77,11 +76,4 @@ def _stop(criteria: Any) -> Stop:
     for each in own:
         if isinstance(each, EosTokenCriteria):
             eos.update(each.eos_token_id.reshape(-1).tolist())
-    others = [each for each in own if not isinstance(each, EosTokenCriteria)]
-
-    def stop(ids: list[int]) -> bool:
-        if ids[-1] in eos:
-            return True
-        return bool(others) and any(bool(torch.as_tensor(each(torch.tensor([ids]), None)).all()) for each in others)
-
-    return stop
+    return until(eos, [each for each in own if not isinstance(each, EosTokenCriteria)])

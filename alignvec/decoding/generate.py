@@ -135,14 +135,23 @@ def stopping(eos: set[int], stop_strings: str | Sequence[str] | None, tokenizer:
         AlignvecError: stop strings without the tokenizer that they are to be found with.
     """
     if not stop_strings:
-        return lambda ids: ids[-1] in eos
+        return until(eos)
     if tokenizer is None:
         raise AlignvecError("stop_strings needs the tokenizer; give tokenizer=...")
     from transformers import StopStringCriteria  # with which transformers imports triton
 
-    strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
-    complete = StopStringCriteria(tokenizer, strings)
-    return lambda ids: ids[-1] in eos or bool(complete(torch.tensor([ids]), None).all())
+    return until(eos, [StopStringCriteria(tokenizer, stop_strings)])  # type: ignore[arg-type]
+
+
+def until(eos: set[int], criteria: Sequence[Any] = ()) -> Stop:
+    """A sequence stops with an end token, or by one of transformers' criteria."""
+
+    def stop(ids: list[int]) -> bool:
+        if ids[-1] in eos:
+            return True
+        return any(bool(torch.as_tensor(criterion(torch.tensor([ids]), None)).all()) for criterion in criteria)
+
+    return stop
 
 
 def end_tokens(model: Any, eos_token_id: int | Sequence[int] | None) -> set[int]:

@@ -57,9 +57,7 @@ def linear_group(
     return each
 
 
-def _side_by_side(
-    calls: Sequence[Callable[[Tensor, Tensor], None]], sizes: Sequence[int]
-) -> Callable[[Tensor], Tensor]:
+def _side_by_side(calls: Sequence[Into], sizes: Sequence[int]) -> Callable[[Tensor], Tensor]:
     def run(x: Tensor) -> Tensor:
         if x.shape[0] == 1:  # a row's parts are contiguous
             y = x.new_empty(1, sum(sizes))
