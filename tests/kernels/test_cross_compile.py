@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -28,13 +29,18 @@ READING = ("materialise_kernel", "norm_kernel", "embedding_kernel", "attention_k
 SMALL = dict.fromkeys(SHARED, "mma.sync") | {"gfx942": "v_mfma"}
 
 
-@pytest.fixture(scope="module")
-def measured():
+def compile_all(target):
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.kernels.cross_compile"]
+    command = [sys.executable, "-m", "tests.kernels.cross_compile", f"/{target}"]
     run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
-    rows = [json.loads(line) for line in run.stdout.splitlines()]
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def measured():
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # a process for each target
+        rows = [row for compiled in pool.map(compile_all, SHARED) for row in compiled]
     keys = ("num_warps", "num_stages", "registers", "spills", "shared", "wide")
     table = Table("case", "kernel", "target", "tile", *keys, "matrix")
     for r in rows:
