@@ -182,10 +182,9 @@ class Coefficients:
         rows = tuple(mixes)
         with publish_lock:
             self._lent, self.live_rows, self.batch = True, len(rows), batch
-            for device, live in self._live.items():
-                if self._published[device] != rows:
-                    live.copy_rows(rows)
-                    self._published[device] = rows
+            for device, live in self._live.items():  # each time: a compiled or captured step may have published since
+                live.copy_rows(rows)
+                self._published[device] = rows
         try:
             yield
         finally:
