@@ -178,6 +178,18 @@ class ShardWriter:
             write_json(self.folder / f"{self.stem}.safetensors.index.json", index)
 
 
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A file beside ``path`` to write to; it takes the place of ``path`` when the block ends well, else it goes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield beside
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
 def write_json(file: Path, data: object) -> None:
     file.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 

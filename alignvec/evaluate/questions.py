@@ -1,0 +1,76 @@
+"""Questions with one stored response a level: what preference rates are measured on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from alignvec.errors import AlignvecError
+from alignvec.writer import replaced
+
+
+@dataclass(frozen=True)
+class Question:
+    """A query of a domain, and a response to it at each level (`{"avoidance": ..., "generic": ..., "expert": ...}`)."""
+
+    domain: str
+    query: str
+    responses: dict[str, str]
+
+
+def load_questions(path: str | Path) -> list[Question]:
+    """Read questions from JSON lines: `{"domain": "medical", "query": "...", "responses": {"avoidance": "...", ...}}`.
+
+    Raises AlignvecError for a missing or empty file, a line that is no such object, an empty text, or questions with
+    different levels; the message names the line.
+    """
+    file = Path(path)
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise AlignvecError(f"{file} cannot be read as questions: {error}") from None
+    questions = [_question(f"{file}, line {i}", line) for i, line in enumerate(lines, 1) if line.strip()]
+    levels_of(questions)
+    return questions
+
+
+def save_questions(path: str | Path, questions: Sequence[Question]) -> None:
+    """Write questions as JSON lines; the file appears whole or not at all."""
+    with replaced(Path(path)) as file:
+        file.write_text("".join(json.dumps(asdict(q), ensure_ascii=False) + "\n" for q in questions), encoding="utf-8")
+
+
+def levels_of(questions: Sequence[Question]) -> tuple[str, ...]:
+    """The levels of all questions, in the first one's order.
+
+    Raises AlignvecError for no questions, fewer than two levels, or a question with other levels.
+    """
+    if not questions:
+        raise AlignvecError("there are no questions: give at least one")
+    levels = tuple(questions[0].responses)
+    if len(levels) < 2:
+        raise AlignvecError(f"questions need responses of at least two levels, not {len(levels)}: {questions[0].query!r}")
+    for question in questions:
+        if set(question.responses) != set(levels):
+            found = ", ".join(question.responses)
+            raise AlignvecError(f"levels differ: {question.query!r} has {found}, the first question {', '.join(levels)}")
+    return levels
+
+
+def domains_of(questions: Iterable[Question]) -> tuple[str, ...]:
+    """The domains that occur, in order of appearance."""
+    return tuple(dict.fromkeys(question.domain for question in questions))
+
+
+def _question(place: str, line: str) -> Question:
+    try:
+        entry = json.loads(line)
+        domain, query, responses = entry["domain"], entry["query"], entry["responses"]
+        texts = [domain, query, *responses, *responses.values()]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise AlignvecError(f"{place}: expected an object with domain, query and responses by level") from None
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        raise AlignvecError(f"{place}: domain, query, levels and responses must be texts that are not empty")
+    return Question(domain, query, dict(responses))
