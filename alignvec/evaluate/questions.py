@@ -51,11 +51,12 @@ def levels_of(questions: Sequence[Question]) -> tuple[str, ...]:
         raise AlignvecError("there are no questions: give at least one")
     levels = tuple(questions[0].responses)
     if len(levels) < 2:
-        raise AlignvecError(f"questions need responses of at least two levels, not {len(levels)}: {questions[0].query!r}")
+        raise AlignvecError(f"{questions[0].query!r} has {len(levels)} responses: a question needs two levels at least")
     for question in questions:
         if set(question.responses) != set(levels):
             found = ", ".join(question.responses)
-            raise AlignvecError(f"levels differ: {question.query!r} has {found}, the first question {', '.join(levels)}")
+            expected = ", ".join(levels)
+            raise AlignvecError(f"{question.query!r} has levels {found}, the first question has {expected}")
     return levels
 
 
