@@ -12,6 +12,7 @@ from alignvec.cli.env import env
 from alignvec.cli.generate import generate
 from alignvec.cli.inspect import inspect
 from alignvec.cli.options import console, mix, size, table, vectors
+from alignvec.cli.surgery import surgery
 from alignvec.cli.tune import tune
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ app.command()(generate)
 app.command()(demo)
 app.command()(env)
 app.command()(tune)
+app.add_typer(surgery, name="surgery")
 
 VectorOption = Annotated[list[str], typer.Option("--vector", "-v", help="NAME=FOLDER of a vector; repeatable.")]
 TransferOption = Annotated[bool, typer.Option("--transfer", help="The vectors come from another base, on purpose.")]

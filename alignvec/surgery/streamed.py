@@ -1,0 +1,164 @@
+"""What every operation shares: vectors that belong together in, new ones out, one tensor of each in memory."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias, TypedDict
+
+import torch
+from torch import Tensor
+
+from alignvec import formats
+from alignvec.deltas import as_dense
+from alignvec.description import Error, describe, title
+from alignvec.errors import AlignvecError
+from alignvec.extract import parse_dtype
+from alignvec.formats import Encoded
+from alignvec.progress import bytes_bar
+from alignvec.spool import Spool
+from alignvec.vector import AlignmentVector
+from alignvec.writer import output_folder
+
+Vectors: TypeAlias = Mapping[str, AlignmentVector | str | Path]
+# A parameter's name and its delta of every vector (zeros where one has none) to its delta of every result.
+Compute: TypeAlias = Callable[[str, list[Tensor]], Sequence[Tensor | Encoded]]
+ONE = ""  # the name of an only result, which lies in the output folder itself
+LATER = ("lossless", "auto", "peft")  # formats that look at more than one delta
+
+
+class Storage(TypedDict, total=False):
+    """Where the results of an operation go; every operation takes these keywords.
+
+    ``output``: a folder to write to, as ``alignvec.convert`` does; results of several names go to folders of those
+    names within it. Default: in memory. ``format``: how to store them, as in ``alignvec.extract``, but for lossless and
+    auto; default: as the operation makes them (low-rank factors, sparse values, else dense). ``dtype``: of dense and
+    sparse values; default: float32. ``device``: where to compute; default: the CPU. ``max_shard_size``, ``overwrite``,
+    ``progress``: as in ``alignvec.extract``.
+    """
+
+    output: str | Path | None
+    format: str | None
+    dtype: str | torch.dtype | None
+    device: str | torch.device
+    max_shard_size: int | str
+    overwrite: bool
+    progress: bool
+
+
+def opened(vectors: Vectors) -> dict[str, AlignmentVector]:
+    """The vectors, folders loaded.
+
+    Raises AlignvecError for no vectors, a lossless one without its base, different bases, or different shapes.
+    """
+    if not vectors:
+        raise AlignvecError("there are no vectors: give at least one, as {name: vector}")
+    found = {n: v if isinstance(v, AlignmentVector) else AlignmentVector.load(v) for n, v in vectors.items()}
+    for name, vector in found.items():
+        if vector.needs_base:
+            raise AlignvecError(f"{name} is lossless, steps from its base's values: give vector.with_base(base)")
+    total(found)
+    return found
+
+
+def total(vectors: Mapping[str, AlignmentVector]) -> AlignmentVector:
+    """The sum of the vectors, computed when it is read."""
+    (first, result), *others = vectors.items()
+    for name, vector in others:
+        try:
+            result = result + vector
+        except AlignvecError as error:
+            raise AlignvecError(f"{first} and {name} do not go together: {error}") from None
+    return result
+
+
+def make(
+    vectors: Mapping[str, AlignmentVector],
+    names: Sequence[str],
+    compute: Compute,
+    source: Mapping[str, Any],
+    storage: Storage,
+    inputs: Vectors,
+) -> dict[str, AlignmentVector]:
+    """The results called ``names``, made by ``compute`` of each parameter's deltas, float32 (float64 where one is).
+
+    Deltas of a result that are zero are left out. ``source``: what was done, kept with the results. ``inputs``: the
+    vectors as they were given, whose folders are not written to. Raises AlignvecError and leaves nothing behind.
+    """
+    spec, dtype = _asked_for(storage)
+    device = torch.device(storage.get("device", "cpu"))
+    output = storage.get("output")
+    base, tensors = (both := total(vectors)).base, both.tensors
+    source = {**source, "vectors": {name: vector.source for name, vector in vectors.items()}}
+    kept: list[dict[str, Encoded]] = [{} for _ in names]
+    errors: list[dict[str, Error]] = [{} for _ in names]
+    with contextlib.ExitStack() as stack:
+        folders = [] if output is None else _folders(stack, Path(output), names, storage, inputs)
+        spools = [stack.enter_context(Spool(folder, storage.get("max_shard_size", "5GB"))) for folder in folders]
+        size = sum(info.nbytes for info in tensors.values())
+        advance = stack.enter_context(bytes_bar("computing", size, shown=storage.get("progress", False)))
+        for parameter, info in tensors.items():
+            wide = torch.float64 if info.dtype == torch.float64 else torch.float32
+            deltas = [_read(vector, parameter, info.shape, wide, device) for vector in vectors.values()]
+            for i, value in enumerate(compute(parameter, deltas)):
+                if not all(part.any() for part in (value.parts.values() if isinstance(value, Encoded) else [value])):
+                    continue
+                encoded, error = _stored(value, spec, dtype, parameter)
+                if spools:
+                    spools[i].write(parameter, encoded)
+                    encoded = Encoded(encoded.name, encoded.shape, encoded.options, {})
+                kept[i][parameter] = encoded
+                if error is not None:
+                    errors[i][parameter] = error
+            advance(info.nbytes)
+        for i, (folder, spool) in enumerate(zip(folders, spools, strict=True)):
+            spool.close()
+            describe(folder, kept[i], base, spec or title(kept[i].values()), source, errors[i])
+    if output is not None:
+        return {name: AlignmentVector.load(Path(output) / name) for name in names}
+    return {
+        name: AlignmentVector(kept[i], base, format=spec, source=source, errors=errors[i])
+        for i, name in enumerate(names)
+    }
+
+
+def _asked_for(storage: Storage) -> tuple[str | None, torch.dtype | None]:
+    format, dtype = storage.get("format"), storage.get("dtype")
+    if format is not None and format.split(":")[0].strip() in LATER:
+        raise AlignvecError(f"format {format!r} needs a vector that is whole: make a dense one, then convert it")
+    return None if format is None else str(formats.parse(format)), None if dtype is None else parse_dtype(dtype)
+
+
+def _folders(
+    stack: contextlib.ExitStack, output: Path, names: Sequence[str], storage: Storage, inputs: Vectors
+) -> list[Path]:
+    for name in names:
+        if name in (".", "..") or "/" in name or "\\" in name:
+            raise AlignvecError(f"{name!r} cannot be the name of a folder: give the vector another name")
+    taken = [Path(given) for given in inputs.values() if not isinstance(given, AlignmentVector)]
+    overwrite = storage.get("overwrite", False)
+    return [stack.enter_context(output_folder(output / n, overwrite=overwrite, inputs=taken)) for n in names]
+
+
+def _read(
+    vector: AlignmentVector, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    if name not in vector:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return vector.read(name).view(shape).to(device, dtype)
+
+
+def _stored(
+    value: Tensor | Encoded, format: str | None, dtype: torch.dtype | None, name: str
+) -> tuple[Encoded, Error | None]:
+    """A result's delta as it will be kept, and what that lost; None where nothing was asked for."""
+    if format is None and isinstance(value, Encoded):
+        return value, None
+    delta = formats.decode(value) if isinstance(value, Encoded) else value
+    spec = formats.parse(format or "dense")
+    as_is = delta.dim() < 2 or spec.name in ("dense", "sparse")
+    stored = delta.to(dtype) if dtype is not None and as_is else delta
+    encoded = as_dense(stored.cpu()) if spec.name == "dense" else formats.encode(spec, stored, name=name)
+    encoded = Encoded(encoded.name, encoded.shape, encoded.options, {k: v.cpu() for k, v in encoded.parts.items()})
+    return encoded, Error.of(formats.squared_error(encoded, delta.cpu()), float(delta.double().square().sum()))
