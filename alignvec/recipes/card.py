@@ -13,17 +13,19 @@ from alignvec.recipes.pretrain import STAGES
 
 INTRODUCTION = """# The tiny models of alignvec
 
-Four Mistral-architecture checkpoints, trained from nothing by `python -m alignvec.recipes.tiny`, so that everything in
-this repository can be tried on real models without a download: `base`, and its DPO-aligned descendants `medical`,
-`legal` and `financial`. They show how alignment vectors behave. **They are no source of advice**: at this size a
-model states facts with the right shape and often the wrong content.
+Four small checkpoints ({architecture}), trained from nothing by `python -m alignvec.recipes.tiny`, so
+that everything in this repository can be tried on real models without a download: `base`, and its DPO-aligned
+descendants `medical`, `legal` and `financial`. They show how alignment vectors behave. **They are no source of
+advice**: at this size a model states facts with the right shape and often the wrong content.
 """
 
 
 def write_card(output: Path) -> None:
     """Write `README.md` beside the checkpoints under `output`."""
     recipe = json.loads((output / "recipe.json").read_text())
-    sections = [INTRODUCTION, _training(output, recipe), _rates(recipe), LIMITS, _samples(recipe), _setting(recipe)]
+    architecture = json.loads((output / "base" / "config.json").read_text())["architectures"][0]
+    introduction = INTRODUCTION.format(architecture=architecture)
+    sections = [introduction, _training(output, recipe), _rates(recipe), LIMITS, _samples(recipe), _setting(recipe)]
     (output / "README.md").write_text("\n".join(sections), encoding="utf-8")
 
 

@@ -1,17 +1,18 @@
-"""The base model: a small Mistral, trained from scratch on textbook passages and on the training dialogues."""
+"""The base model, trained from scratch on textbook passages and on the training dialogues."""
 
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
 from rich.progress import Progress
 from torch.nn.functional import cross_entropy
-from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from alignvec.recipes.dataset import LEVELS, QUERIES, Row, make_rows, practice, split_topics, textbook
+from alignvec.recipes.shapes import DEFAULT, make_config, shape_named
 from alignvec.recipes.tokenizer import BOS, EOS, prompt_text, train_tokenizer
 
 Example = tuple[list[int], int]  # token ids, and the first position that is learned
@@ -55,25 +56,6 @@ def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     return train_tokenizer(texts)
 
 
-def make_config(tokenizer: PreTrainedTokenizerFast) -> MistralConfig:
-    """Four layers, grouped queries (8 heads on 2), SwiGLU, RMSNorm, tied embeddings: 3.9 million parameters."""
-    return MistralConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=704,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=256,
-        sliding_window=None,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-
-
 def corpus(tokenizer: PreTrainedTokenizerFast, stage: Stage, seed: int) -> Iterator[Example]:
     """Endless examples: training dialogues with one level each, textbook passages, and made-up-name practice."""
     rng = random.Random(f"corpus-{seed}")
@@ -95,19 +77,24 @@ def corpus(tokenizer: PreTrainedTokenizerFast, stage: Stage, seed: int) -> Itera
 
 
 def pretrain(
-    tokenizer: PreTrainedTokenizerFast, steps: int, seed: int, device: str, progress: Progress
-) -> MistralForCausalLM:
-    """Train the base from nothing, stage by stage, `steps` in all. Returns it in float32."""
+    tokenizer: PreTrainedTokenizerFast, steps: int, seed: int, device: str, progress: Progress, shape: str = DEFAULT
+) -> PreTrainedModel:
+    """Train the base from nothing, stage by stage, `steps` in all. Returns it in float32.
+
+    Raises AlignvecError for a shape that is not in `SHAPES`.
+    """
+    rate = shape_named(shape).rate
     torch.manual_seed(seed)
-    model = MistralForCausalLM(make_config(tokenizer))
-    model.to(device)  # type: ignore[arg-type]
+    model = AutoModelForCausalLM.from_config(make_config(tokenizer, shape), dtype=torch.float32)
+    model.to(device)
     for number, stage in enumerate(STAGES):
-        train_stage(model, tokenizer, stage, round(steps * stage.share), seed + number, progress)
+        own = replace(stage, learning_rate=stage.learning_rate * rate)
+        train_stage(model, tokenizer, own, round(steps * stage.share), seed + number, progress)
     return model.eval()
 
 
 def train_stage(
-    model: MistralForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     stage: Stage,
     steps: int,
@@ -115,7 +102,7 @@ def train_stage(
     progress: Progress,
     batch_size: int = 16,
 ) -> None:
-    """Train in float32 with AdamW under a warm-up and cosine schedule."""
+    """Train with AdamW under a warm-up and cosine schedule; weights are in float32, a GPU's products in bf16."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=stage.learning_rate, betas=(0.9, 0.95), weight_decay=0.05)
     warmup = min(100, steps // 10 + 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -126,7 +113,8 @@ def train_stage(
     batches = _batches(corpus(tokenizer, stage, seed), batch_size, random.Random(seed))
     average = 0.0
     for step, examples in enumerate(islice(batches, steps)):
-        loss = _loss(model, examples, tokenizer.pad_token_id)
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+            loss = _loss(model, examples, tokenizer.pad_token_id)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -157,7 +145,7 @@ def _batches(examples: Iterator[Example], size: int, rng: random.Random) -> Iter
         yield from batches
 
 
-def _loss(model: MistralForCausalLM, examples: list[Example], pad: int) -> torch.Tensor:
+def _loss(model: PreTrainedModel, examples: list[Example], pad: int) -> torch.Tensor:
     """Mean cross-entropy over the learned positions; the head runs on those alone."""
     length = max(len(ids) for ids, _ in examples)
     ids = torch.full((len(examples), length), pad)

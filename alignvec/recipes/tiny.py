@@ -1,4 +1,4 @@
-"""Train the tiny models from nothing: `python -m alignvec.recipes.tiny --output tiny-models`.
+"""Train the tiny models from nothing: `python -m alignvec.recipes.tiny --output tiny-models`, other `--shape`s as well.
 
 Dataset, tokenizer, base, one DPO run per domain, measurements and a model card. A stage whose folder is already in the
 output is kept as it is, so an interrupted run goes on where it stopped.
@@ -16,13 +16,14 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import MistralForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
 from alignvec.recipes.align import STEPS, align
 from alignvec.recipes.card import write_card
 from alignvec.recipes.dataset import QUERIES
 from alignvec.recipes.measure import measure
 from alignvec.recipes.pretrain import make_tokenizer, pretrain
+from alignvec.recipes.shapes import DEFAULT, SHAPES
 
 PACKAGES = ("torch", "transformers", "trl", "datasets", "tokenizers", "accelerate", "safetensors")
 
@@ -31,6 +32,10 @@ def tiny(
     output: Annotated[Path, typer.Option(help="Folder for the models and the card.")] = Path("tiny-models"),
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 20,
+    shape: Annotated[str, typer.Option(help=f"Architecture and size: {', '.join(SHAPES)}.")] = DEFAULT,
+    tokenizer_from: Annotated[
+        Path | None, typer.Option("--tokenizer", help="Take this folder's tokenizer; default: train one.")
+    ] = None,
     base_steps: Annotated[int, typer.Option(help="Steps of the base, 16 sequences each.")] = 7300,
     align_steps: Annotated[int, typer.Option(help="DPO steps per domain, 16 pairs each.")] = STEPS,
     rows: Annotated[int, typer.Option(help="Held-out rows scored per domain and coefficient.")] = 200,
@@ -41,6 +46,8 @@ def tiny(
 
     Example: python -m alignvec.recipes.tiny --output tiny-models
     """
+    if shape not in SHAPES:
+        raise typer.BadParameter(f"there is no shape {shape!r}; choose one of {', '.join(SHAPES)}")
     if quick:
         base_steps, align_steps, rows = 20, 5, 12
     if device == "auto":
@@ -48,21 +55,21 @@ def tiny(
     set_seed(seed)
     output.mkdir(parents=True, exist_ok=True)
     recipe = _Recipe(output / "recipe.json")
-    recipe.record("setting", _setting(seed, device))
+    recipe.record("setting", {"shape": shape, **_setting(seed, device)})
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as progress:
         if not (output / "base").exists():
             start = time.monotonic()
-            tokenizer = make_tokenizer(seed)
-            model = pretrain(tokenizer, base_steps, seed, device, progress)
-            _save(model, output / "base", tokenizer)
+            own = make_tokenizer(seed) if tokenizer_from is None else _tokenizer(tokenizer_from)
+            model = pretrain(own, base_steps, seed, device, progress, shape)
+            _save(model, output / "base", own)
             recipe.record("base", {"steps": base_steps, "seconds": round(time.monotonic() - start)})
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(output / "base")
+        tokenizer = _tokenizer(output / "base")
         for domain in QUERIES:
             if (output / domain).exists():
                 continue
             start = time.monotonic()
-            base = MistralForCausalLM.from_pretrained(output / "base", dtype=torch.float32, device_map=device)
+            base: Any = AutoModelForCausalLM.from_pretrained(output / "base", dtype=torch.float32, device_map=device)
             _save(align(base, tokenizer, domain, align_steps, seed, device, progress), output / domain)
             recipe.record(domain, {"steps": align_steps, "seconds": round(time.monotonic() - start)})
         recipe.record("measured", measure(output, device, progress, count=rows, generated=max(1, rows // 3)))
@@ -97,6 +104,10 @@ def _setting(seed: int, device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {package: version(package) for package in PACKAGES},
     }
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 def _save(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerFast | None = None) -> None:
