@@ -68,6 +68,11 @@ class Alignment:
         return self._coefficients.names
 
     @property
+    def max_rows(self) -> int:
+        """Most rows of coefficients that one batch can carry."""
+        return self._coefficients.max_rows
+
+    @property
     def coefficients(self) -> dict[str, float] | list[dict[str, float]]:
         """What the next step will use: one mix by name, or after `set_rows` a list with one mix per row."""
         mixes = [dict(zip(self.names, mix, strict=True)) for mix in self._coefficients.mixes]

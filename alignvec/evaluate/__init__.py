@@ -1,6 +1,7 @@
 """Measuring what a mix prefers: rates over stored responses, and judges of generated text."""
 
 from alignvec.evaluate.questions import Question, load_questions, save_questions
+from alignvec.evaluate.scorer import Scorer
 from alignvec.evaluate.scores import Scores
 
-__all__ = ["Question", "Scores", "load_questions", "save_questions"]
+__all__ = ["Question", "Scorer", "Scores", "load_questions", "save_questions"]

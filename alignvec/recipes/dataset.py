@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING
 
+from alignvec.evaluate.questions import Question
 from alignvec.recipes.phrasing import DOMAINS, Intent, Kind, common
 from alignvec.recipes.phrasing.personas import HELD_OUT_PERSONAS, PERSONAS
 from alignvec.recipes.topics import Topic, load_topics
@@ -41,6 +42,10 @@ class Row:
     avoidance: str
     generic: str
     expert: str
+
+    def question(self) -> Question:
+        """The query and its three responses, for `alignvec.evaluate`."""
+        return Question(self.domain, self.query, {level: getattr(self, level) for level in LEVELS})
 
 
 def split_topics(domain: str) -> tuple[list[Topic], list[Topic]]:
