@@ -1,0 +1,60 @@
+"""Replies of an endpoint by the key of what was asked, kept as JSON lines as they come."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+from alignvec.errors import AlignvecError
+from alignvec.writer import replaced
+
+
+class Replies:
+    """A dictionary of texts that any thread may add to; every entry is in the file, if there is one, at once."""
+
+    def __init__(self, path: str | Path | None = None) -> None:
+        """Read what the file has. Raises AlignvecError where it cannot be read or holds something else."""
+        self.path = None if path is None else Path(path)
+        self._lock = threading.Lock()
+        self._texts: dict[str, str] = {}
+        if self.path is not None and self.path.exists():
+            self._read(self.path)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._texts
+
+    def __getitem__(self, key: str) -> str:
+        return self._texts[key]
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def add(self, key: str, reply: str) -> None:
+        """Raises AlignvecError where the file cannot be written."""
+        with self._lock:
+            self._texts[key] = reply
+            if self.path is not None:
+                try:
+                    with self.path.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps({"key": key, "reply": reply}) + "\n")
+                except OSError as error:
+                    raise AlignvecError(f"{self.path} cannot be written: {error.strerror or error}") from None
+
+    def _read(self, path: Path) -> None:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        except (OSError, UnicodeDecodeError) as error:
+            raise AlignvecError(f"{path} cannot be read as replies: {error}") from None
+        whole = "".join(lines[:-1] if lines and not lines[-1].endswith("\n") else lines)
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                entry = json.loads(line)
+                self._texts[str(entry["key"])] = str(entry["reply"])
+            except (ValueError, KeyError, TypeError):
+                raise AlignvecError(
+                    f"{path}, line {number}: expected a reply with its key; choose another file"
+                ) from None
+        if len(whole) != sum(map(len, lines)):  # the last line was cut off by a crash: asked again, written anew
+            with replaced(path) as file:
+                file.write_text(whole, encoding="utf-8")
