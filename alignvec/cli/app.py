@@ -9,6 +9,7 @@ import typer
 
 from alignvec.cli.demo import demo
 from alignvec.cli.env import env
+from alignvec.cli.evaluate import evaluate
 from alignvec.cli.generate import generate
 from alignvec.cli.inspect import inspect
 from alignvec.cli.options import console, mix, size, table, vectors
@@ -29,6 +30,7 @@ app.command()(inspect)
 app.command()(generate)
 app.command()(demo)
 app.command()(env)
+app.command()(evaluate)
 app.command()(tune)
 app.add_typer(surgery, name="surgery")
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from alignvec.alignment import Alignment
 from alignvec.errors import AlignvecError
@@ -75,7 +77,7 @@ class Generated:
 
 def generation_rates(
     judge: Judge,
-    alignment: Alignment,
+    model: PreTrainedModel | Alignment,
     tokenizer: Any,
     questions: Sequence[Question],
     mixes: Sequence[Mapping[str, float]] = ({},),
@@ -85,12 +87,12 @@ def generation_rates(
 
     Levels are the judge's. Raises AlignvecError as `judge_generated`.
     """
-    return judge_generated(judge, alignment, tokenizer, questions, mixes, max_new_tokens).rates()
+    return judge_generated(judge, model, tokenizer, questions, mixes, max_new_tokens).rates()
 
 
 def judge_generated(
     judge: Judge,
-    alignment: Alignment,
+    model: PreTrainedModel | Alignment,
     tokenizer: Any,
     questions: Sequence[Question],
     mixes: Sequence[Mapping[str, float]] = ({},),
@@ -102,12 +104,13 @@ def judge_generated(
 
     Args:
         judge: such as `ClassifierJudge` or `EndpointJudge`.
+        model: a causal language model, or vectors attached to one.
         progress: called with the share of the answers that are generated.
 
     Raises:
         AlignvecError: no questions or mixes, an unknown vector name, or as the judge does.
     """
-    texts = generate_answers(alignment, tokenizer, questions, mixes, max_new_tokens, progress=progress)
+    texts = generate_answers(model, tokenizer, questions, mixes, max_new_tokens, progress=progress)
     count = len(questions)
     queries = [question.query for question in questions] * len(mixes)
     verdicts = judge.judge(queries, [text for row in texts for text in row])
@@ -117,7 +120,7 @@ def judge_generated(
 
 @torch.inference_mode()
 def generate_answers(
-    alignment: Alignment,
+    model: PreTrainedModel | Alignment,
     tokenizer: Any,
     questions: Sequence[Question],
     mixes: Sequence[Mapping[str, float]] = ({},),
@@ -130,25 +133,31 @@ def generate_answers(
     Queries are a user's turn of the tokenizer's chat template, where it has one.
 
     Raises:
-        AlignvecError: no questions or mixes, an unknown vector name, a mix that is materialised.
+        AlignvecError: no questions or mixes, a mix for a model without vectors, an unknown vector name, a mix that is
+            materialised.
     """
     if not questions or not mixes:
         raise AlignvecError("there is nothing to generate: give at least one question and one mix")
     if max_new_tokens < 1:
         raise AlignvecError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    alignment = model if isinstance(model, Alignment) else None
+    if alignment is None and any(mixes):
+        raise AlignvecError("this model has no vectors attached: give an alignvec.attach() result to turn mixes")
     prompts = [_prompt(tokenizer, question.query) for question in questions]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together: little padding
     texts = [[""] * len(questions) for _ in mixes]
-    rows = min(len(mixes), alignment.max_rows, BATCH)
+    rows = min(len(mixes), BATCH, alignment.max_rows if alignment else BATCH)
     each = max(1, BATCH // rows)
+    net = model.model if isinstance(model, Alignment) else model
     done = 0
-    with alignment.using({}):
+    with alignment.using({}) if alignment else contextlib.nullcontext():
         for first in range(0, len(mixes), rows):
             chosen = mixes[first : first + rows]
-            alignment.set_rows(chosen)
+            if alignment is not None:
+                alignment.set_rows(chosen)
             for start in range(0, len(order), each):
                 members = order[start : start + each]
-                answers = _answer(alignment, tokenizer, [prompts[i] for i in members], len(chosen), max_new_tokens)
+                answers = _answer(net, tokenizer, [prompts[i] for i in members], len(chosen), max_new_tokens)
                 for number, text in enumerate(answers):
                     texts[first + number // len(members)][members[number % len(members)]] = text
                 done += len(answers)
@@ -157,9 +166,8 @@ def generate_answers(
     return texts
 
 
-def _answer(alignment: Alignment, tokenizer: Any, prompts: list[list[int]], rows: int, limit: int) -> list[str]:
+def _answer(model: Any, tokenizer: Any, prompts: list[list[int]], rows: int, limit: int) -> list[str]:
     """Answers to all prompts under the first mix, then all under the second, and so on."""
-    model: Any = alignment.model
     end = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     longest = max(map(len, prompts))
     ids = torch.tensor([[end] * (longest - len(prompt)) + prompt for prompt in prompts])

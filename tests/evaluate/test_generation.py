@@ -6,11 +6,14 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import alignvec
 from alignvec.errors import AlignvecError
 from alignvec.evaluate import Question, Scores
 from alignvec.evaluate.generation import Generated, generate_answers, generation_rates, judge_generated
+from alignvec.recipes import model_path
+from alignvec.recipes.evaluate import answers
 
 MIXES = [{}, {"medical": 1.0}, {"medical": -1.0}]
 QUESTIONS = [
@@ -35,10 +38,6 @@ class Lengths:
 
 @pytest.fixture(scope="module")
 def alignment():
-    from transformers import AutoModelForCausalLM
-
-    from alignvec.recipes import model_path
-
     model = AutoModelForCausalLM.from_pretrained(model_path("base"), dtype=torch.float32).eval()
     vector = alignvec.extract(model_path("base"), model_path("medical"))
     return alignvec.attach(model, {"medical": vector}, max_rows=2)
@@ -46,10 +45,6 @@ def alignment():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    from transformers import AutoTokenizer
-
-    from alignvec.recipes import model_path
-
     return AutoTokenizer.from_pretrained(model_path("base"))
 
 
@@ -60,8 +55,6 @@ def test_a_batch_of_mixes_answers_as_each_alone(alignment, tokenizer) -> None:
     assert alignment.coefficients == {"medical": 0.25}
     assert shares == sorted(shares)
     assert shares[-1] == 1
-    from alignvec.recipes.evaluate import answers
-
     for mix, texts in zip(MIXES, together, strict=True):
         with alignment.using(mix):
             alone = answers(alignment.model, tokenizer, [question.query for question in QUESTIONS], max_new_tokens=12)
@@ -100,6 +93,8 @@ def test_bad_input_is_refused(alignment, tokenizer) -> None:
     for questions, mixes in ((QUESTIONS, []), ([], MIXES)):
         with pytest.raises(AlignvecError, match="nothing to generate"):
             generate_answers(alignment, tokenizer, questions, mixes)
+    with pytest.raises(AlignvecError, match="no vectors"):
+        generate_answers(AutoModelForCausalLM.from_config(alignment.model.config), tokenizer, QUESTIONS, MIXES)
     with pytest.raises(AlignvecError, match="max_new_tokens"):
         generate_answers(alignment, tokenizer, QUESTIONS, MIXES, 0)
     with pytest.raises(AlignvecError, match="legal"):
