@@ -155,7 +155,7 @@ class Alignment:
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def materialise(
-        self, mix: Mix | None = None, /, *, keep: str = "device", **coefficients: float
+        self, mix: Mix | None = None, /, *, keep: str = "device", measure: bool = True, **coefficients: float
     ) -> dict[str, float]:
         """Write a mix into the live weights, so that the model runs at the speed of a plain one.
 
@@ -168,6 +168,7 @@ class Alignment:
             mix, coefficients: as for `set`; without either, the mix that is set.
             keep: where the base waits. "device": beside the mix. "host": in host memory, which leaves the device as
                 full as it was.
+            measure: False spares the reading of weights that tells the realised coefficients; nothing is returned.
 
         Returns:
             The realised coefficient of each vector: the projection of the rounded edit on it, over a sample of the
@@ -194,11 +195,11 @@ class Alignment:
             for swap in self._swaps:
                 swap.put(swap.original)
         try:
-            realised = self._materialised.write(edited, self._coefficients.mixes[0])
+            realised = self._materialised.write(edited, self._coefficients.mixes[0], measure)
         except BaseException:
             self.restore()
             raise
-        return dict(zip(self.names, realised, strict=True))
+        return dict(zip(self.names, realised, strict=True)) if measure else {}
 
     def restore(self) -> None:
         """Undo `materialise`: the weights come back bit for bit and the vectors apply on the fly again.

@@ -28,8 +28,8 @@ class Materialised:
         self.backend, self.keep, self.buffers = backend, keep, buffers
         self.bases: dict[nn.Parameter, tuple[Tensor, Deltas]] = {}
 
-    def write(self, edited: Sequence[Edited], mix: tuple[float, ...]) -> list[float]:
-        """Write `mix` over what the parameters hold; the realised coefficients, by column."""
+    def write(self, edited: Sequence[Edited], mix: tuple[float, ...], measure: bool = True) -> list[float]:
+        """Write `mix` over what the parameters hold; the realised coefficients by column, where they are measured."""
         parameters = [module._parameters[name] for module, name, _, _ in edited]
         step = -(-sum(p.numel() for p in parameters if p is not None) // SAMPLE)
         realised = RealisedCoefficients(len(mix))
@@ -47,8 +47,9 @@ class Materialised:
             matrix, mixed = deltas.matrix(base), deltas.matrix(out)
             ops.materialise(matrix, deltas.specs, deltas.parts, columns, *tables[device], mixed, self.backend)
             parameter.data = out
-            _sample(realised, matrix, mixed, deltas, columns, step)
-        return realised.solve(mix)
+            if measure:
+                _sample(realised, matrix, mixed, deltas, columns, step)
+        return realised.solve(mix) if measure else []
 
     def undo(self) -> None:
         """Give every parameter its base again, bit for bit."""

@@ -121,7 +121,7 @@ class Scorer:
         totals = []
         try:
             for i, mix in enumerate(mixes):
-                alignment.materialise({**dict.fromkeys(alignment.names, 0.0), **mix})
+                alignment.materialise({**dict.fromkeys(alignment.names, 0.0), **mix}, measure=False)
                 totals.append(self._score(made, 1, progress, i, len(mixes)))
         finally:
             if alignment.weights:

@@ -123,6 +123,15 @@ def test_materialise_and_restore(model: nn.Module) -> None:
         alignment.materialise()
 
 
+def test_materialise_without_measuring_writes_the_same(model: nn.Module) -> None:
+    alignment = alignvec.attach(model, {"first": random_vector(model, 1)})
+    assert alignment.materialise(first=0.5)["first"] == pytest.approx(0.5, abs=1e-3)
+    measured = [parameter.clone() for parameter in model.parameters()]
+    alignment.materialise(first=-0.5)
+    assert alignment.materialise(first=0.5, measure=False) == {}
+    assert all(torch.equal(one, other) for one, other in zip(measured, model.parameters(), strict=True))
+
+
 @pytest.mark.parametrize("keep", ["device", "host"])
 def test_materialise_again_in_the_same_buffers(model: nn.Module, keep: str) -> None:
     """The base is never written to: one mix after another goes to one buffer, and restoring switches back."""
