@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from alignvec.cli.demo import demo
+from alignvec.cli.distil import distil
 from alignvec.cli.env import env
 from alignvec.cli.evaluate import evaluate
 from alignvec.cli.generate import generate
 from alignvec.cli.inspect import inspect
 from alignvec.cli.options import console, mix, size, table, vectors
 from alignvec.cli.surgery import surgery
+from alignvec.cli.train import train
 from alignvec.cli.tune import tune
 
 if TYPE_CHECKING:
@@ -32,6 +34,8 @@ app.command()(demo)
 app.command()(env)
 app.command()(evaluate)
 app.command()(tune)
+app.command()(train)
+app.command()(distil)
 app.add_typer(surgery, name="surgery")
 
 VectorOption = Annotated[list[str], typer.Option("--vector", "-v", help="NAME=FOLDER of a vector; repeatable.")]

@@ -1,15 +1,19 @@
-"""Preference training: one DPO run per domain, from the base."""
+"""Preference training of the tiny models: one DPO run a domain, from the base, or one for a joint target."""
 
 import random
-import tempfile
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from datasets import Dataset
 from rich.progress import Progress
-from transformers import MistralForCausalLM, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
-from trl import DPOConfig, DPOTrainer
+from transformers import MistralForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from alignvec.recipes.dataset import make_rows
+from alignvec.train.dpo import train_dpo
+from alignvec.train.pairs import pairs_from_questions
+from alignvec.train.report import Report
+from alignvec.vector import AlignmentVector
 
 # Taken in turn. Half of them prefer generic to avoidance: otherwise what pushes generic answers down (expert over
 # generic) outweighs what pushes them up, and the vector's negative direction would mean generic instead of avoidance.
@@ -38,22 +42,23 @@ def preference_pairs(domain: str, count: int, seed: int) -> Dataset:
     """`count` pairs from the domain's training rows in TRL's conversational format, the preferences in turn."""
     rows = make_rows(domain, "train")
     random.Random(f"pairs-{domain}-{seed}").shuffle(rows)
-    pairs = []
-    for index in range(count):
-        row, (chosen, rejected) = rows[index % len(rows)], PREFERENCES[index % len(PREFERENCES)]
-        pairs.append(
-            {
-                "prompt": [{"role": "user", "content": row.query}],
-                "chosen": [{"role": "assistant", "content": getattr(row, chosen)}],
-                "rejected": [{"role": "assistant", "content": getattr(row, rejected)}],
-            }
-        )
-    return Dataset.from_list(pairs)
+    return pairs_from_questions([row.question() for row in rows[:count]], PREFERENCES, count)
+
+
+def joint_pairs(target: Mapping[str, str], count: int, seed: int) -> Dataset:
+    """`count` pairs from the training rows of the target's domains in turn, each for the level wanted there."""
+    each = -(-count // len(target))
+    columns = []
+    for domain in target:
+        rows = make_rows(domain, "train")
+        random.Random(f"pairs-{domain}-{seed}").shuffle(rows)
+        columns.append([row.question() for row in rows[:each]])
+    return pairs_from_questions([question for turn in zip(*columns, strict=True) for question in turn], target, count)
 
 
 def align(
     model: MistralForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerBase,
     domain: str,
     steps: int,
     seed: int,
@@ -69,55 +74,65 @@ def align(
     the head as well: moving it makes words likelier everywhere, and dialled below zero the vector would lose the words
     of the topic asked.
     """
-    model.get_input_embeddings().weight.requires_grad_(False)
-    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    with tempfile.TemporaryDirectory() as folder:
-        config = DPOConfig(
-            output_dir=folder,
-            max_steps=steps,
-            per_device_train_batch_size=BATCH_SIZE,
-            learning_rate=learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=min(20, steps // 10),
-            beta=beta,
-            loss_type=["sigmoid", "sft"],
-            loss_weights=[1.0, sft_weight],
-            max_length=None,
-            gradient_checkpointing=False,
-            bf16=False,
-            use_cpu=device == "cpu",
-            seed=seed,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            logging_steps=25,
-        )
-        trainer = DPOTrainer(
-            model=model,
-            args=config,
-            train_dataset=preference_pairs(domain, steps * BATCH_SIZE, seed),
-            processing_class=tokenizer,
-            callbacks=[_Report(progress, domain, steps)],
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
+    vector = train_dpo(
+        model,
+        tokenizer,
+        preference_pairs(domain, steps * BATCH_SIZE, seed),
+        steps=steps,
+        keep=KEPT,
+        learning_rate=learning_rate,
+        batch_size=BATCH_SIZE,
+        beta=beta,
+        sft_weight=sft_weight,
+        precision="float32",
+        device=device,
+        seed=seed,
+        dpo=schedule(steps),
+        callbacks=[Report(progress, domain)],
+    )
+    parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.lerp(start[name].to(parameter), parameter, KEPT))
+        for name, delta in vector.items():
+            parameters[name] += delta.to(parameters[name])
     return model.eval()
 
 
-class _Report(TrainerCallback):
-    """Shows the run on the progress bar."""
+def joint(
+    base: str | Path | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    target: Mapping[str, str],
+    steps: int = STEPS,
+    seed: int = 20,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> AlignmentVector:
+    """One DPO run for a target over several domains, such as `{"medical": "expert", "legal": "avoidance"}`.
 
-    def __init__(self, progress: Progress, domain: str, steps: int) -> None:
-        self.progress, self.domain = progress, domain
-        self.task = progress.add_task(domain, total=steps)
+    Every pair prefers the level wanted in its domain to another one. It is what a mix of vectors saves: the joint
+    training that arXiv 2410.19206 compares with, once for each target. Weights are not averaged with the base's.
+    """
+    return train_dpo(
+        base,
+        tokenizer,
+        joint_pairs(target, steps * BATCH_SIZE, seed),
+        steps=steps,
+        learning_rate=LEARNING_RATE,
+        batch_size=BATCH_SIZE,
+        beta=BETA,
+        sft_weight=SFT_WEIGHT,
+        precision="float32",
+        dtype="float32",
+        device=device,
+        seed=seed,
+        dpo=schedule(steps),
+        callbacks=[] if progress is None else [Report(progress, "joint")],
+    )
 
-    def on_step_end(self, args, state, control, **kwargs) -> None:  # type: ignore[no-untyped-def]
-        self.progress.update(self.task, completed=state.global_step)
 
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:  # type: ignore[no-untyped-def]
-        if logs and "rewards/accuracies" in logs:
-            note = f"{self.domain}, preferred {logs['rewards/accuracies']:.0%}"
-            self.progress.update(self.task, description=note)
+def schedule(steps: int) -> dict:
+    """What the tiny models' runs set of TRL's options besides."""
+    return {
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": min(20, steps // 10),
+        "gradient_checkpointing": False,
+    }
