@@ -6,6 +6,7 @@ singular values and are kept, or added up.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Unpack
 
@@ -65,7 +66,8 @@ def tsv(vectors: Vectors, rank: int | None = None, **storage: Unpack[Storage]) -
 
 
 def isotropic(vectors: Vectors, **storage: Unpack[Storage]) -> AlignmentVector:
-    """One vector by isotropic merging (Iso-C, arXiv 2502.04959): the sum, every singular value replaced by their mean.
+    """One vector by isotropic merging (Iso-C, arXiv 2502.04959): the sum, every singular value replaced by their mean
+    (those that are zero stay so).
 
     Directions that the vectors share no longer drown the others'. Parameters of one dimension are averaged. Raises
     AlignvecError for no vectors, or different bases or shapes.
@@ -76,26 +78,39 @@ def isotropic(vectors: Vectors, **storage: Unpack[Storage]) -> AlignmentVector:
         whole = torch.stack(deltas).sum(0)
         if whole.dim() < 2:
             return [whole / len(deltas)]
-        if not whole.any():
-            return [whole]
         u, s, vh = torch.linalg.svd(whole.reshape(matrix(tuple(whole.shape))), full_matrices=False)
-        return [(s.mean() * u @ vh).view_as(whole)]
+        count = _rank(s, max(len(u), vh.shape[1]))
+        return [(s[:count].mean() * u[:, :count] @ vh[:count]).view_as(whole)]
 
     return make(found, [ONE], compute, {"operation": "isotropic"}, storage, vectors)[ONE]
 
 
 def _decorrelated(deltas: list[Tensor], rank: int) -> list[Tensor | Encoded]:
     spec, shape = _factors(rank), tuple(deltas[0].shape)
-    halves = [formats.encode(spec, delta).parts for delta in deltas]
+    halves = [_nonzero(formats.encode(spec, delta).parts) for delta in deltas]
     # Each factor carries the root of the singular values in the norms of its columns (B) or rows (A).
-    roots = [parts["B"].norm(dim=0) for parts in halves]
-    left = _orthonormal(torch.cat([_unit(parts["B"], 0) for parts in halves], dim=1)).split(rank, dim=1)
-    right = _orthonormal(torch.cat([_unit(parts["A"], 1) for parts in halves], dim=0)).split(rank, dim=0)
+    roots = [b.norm(dim=0) for _, b in halves]
+    sizes = [len(root) for root in roots]
+    left = _orthonormal(torch.cat([_unit(b, 0) for _, b in halves], dim=1)).split(sizes, dim=1)
+    right = _orthonormal(torch.cat([_unit(a, 1) for a, _ in halves], dim=0)).split(sizes, dim=0)
     made: list[Tensor | Encoded] = []
     for u, root, vh in zip(left, roots, right, strict=True):
         parts = {"A": (root[:, None] * vh).contiguous(), "B": (u * root).contiguous()}
-        made.append(Encoded("low-rank", shape, dict(spec.options), parts))
+        made.append(Encoded("low-rank", shape, dict(_factors(len(root)).options), parts))
     return made
+
+
+def _nonzero(parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """A [rank, columns] and B [rows, rank] without directions of no singular value (of a LoRA adapter, say): those are
+    noise, which made orthogonal to the others' would push them aside."""
+    count = _rank(parts["A"].norm(dim=1) * parts["B"].norm(dim=0), max(parts["A"].shape[1], parts["B"].shape[0]))
+    return parts["A"][:count], parts["B"][:, :count]
+
+
+def _rank(singular_values: Tensor, size: int) -> int:
+    """How many singular values (the largest first) differ from zero, at least 1; as torch.linalg.matrix_rank counts."""
+    least = singular_values[0] * size * torch.finfo(singular_values.dtype).eps
+    return max(1, int((singular_values > least).sum()))
 
 
 def _orthonormal(x: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from alignvec import formats
-from alignvec.deltas import as_dense
 from alignvec.description import Error, describe, title
 from alignvec.errors import AlignvecError
 from alignvec.extract import parse_dtype
@@ -152,13 +151,17 @@ def _read(
 def _stored(
     value: Tensor | Encoded, format: str | None, dtype: torch.dtype | None, name: str
 ) -> tuple[Encoded, Error | None]:
-    """A result's delta as it will be kept, and what that lost; None where nothing was asked for."""
+    """A result's delta as it will be kept, on the CPU, and what that lost; None where nothing was asked for."""
     if format is None and isinstance(value, Encoded):
-        return value, None
+        parts = {key: part.cpu() for key, part in value.parts.items()}
+        if dtype is not None and value.name == "sparse":
+            parts["values"] = parts["values"].to(dtype)
+        encoded = Encoded(value.name, value.shape, value.options, parts)
+        formats.check(encoded)
+        return encoded, None
     delta = formats.decode(value) if isinstance(value, Encoded) else value
     spec = formats.parse(format or "dense")
     as_is = delta.dim() < 2 or spec.name in ("dense", "sparse")
-    stored = delta.to(dtype) if dtype is not None and as_is else delta
-    encoded = as_dense(stored.cpu()) if spec.name == "dense" else formats.encode(spec, stored, name=name)
-    encoded = Encoded(encoded.name, encoded.shape, encoded.options, {k: v.cpu() for k, v in encoded.parts.items()})
+    made = formats.encode(spec, delta.to(dtype) if dtype is not None and as_is else delta, name=name)
+    encoded = Encoded(made.name, made.shape, made.options, {key: part.cpu() for key, part in made.parts.items()})
     return encoded, Error.of(formats.squared_error(encoded, delta.cpu()), float(delta.double().square().sum()))

@@ -121,6 +121,16 @@ def test_tsv_is_the_papers_and_its_parts_do_not_meet(three: dict[str, AlignmentV
     assert surgery.tsv(three, 1)["a"].format_of(name).options["rank"] == 1
 
 
+def test_tsv_takes_no_noise_for_directions() -> None:
+    """A vector of low rank gives the directions that it has, no others in the space that is left to it."""
+    one, two = torch.outer(torch.randn(12), torch.randn(9)), torch.randn(12, 9)
+    made = surgery.tsv({"one": AlignmentVector({"w": one}), "two": AlignmentVector({"w": two})})
+    assert [made[name].format_of("w").options["rank"] for name in made] == [1, 4]
+    cosine = torch.nn.functional.cosine_similarity(made["one"]["w"].flatten(), one.flatten(), dim=0)
+    assert float(cosine) > 0.5
+    assert float(made["one"]["w"].norm()) == pytest.approx(float(one.norm()), rel=1e-4)
+
+
 def test_isotropic_has_one_singular_value(three: dict[str, AlignmentVector]) -> None:
     made, whole = surgery.isotropic(three), three["a"] + three["b"] + three["c"]
     values, before = torch.linalg.svdvals(made[Q]), torch.linalg.svdvals(whole[Q])
@@ -169,6 +179,7 @@ def test_folders_hold_what_memory_does(three: dict[str, AlignmentVector], tmp_pa
         for parameter in kept:
             assert torch.equal(loaded[parameter], kept[parameter])
             assert torch.equal(written[name][parameter], kept[parameter])
+    assert surgery.dare(paths["a"], 0.5, dtype="bfloat16").encoded(Q).parts["values"].dtype == torch.bfloat16
     one = surgery.ties(paths, 0.5, output=tmp_path / "one", dtype="bfloat16")
     assert one[Q].dtype == torch.bfloat16
     with pytest.raises(AlignvecError, match="exists"):
