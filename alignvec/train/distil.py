@@ -94,14 +94,15 @@ def distil(
         with torch.no_grad():
             wanted = _logits(model, teacher, ids, mask)
         loss = divergence(wanted, _logits(model, student, ids, mask))
-        if not math.isfinite(float(loss)):
-            raise AlignvecError(f"the divergence is {float(loss)} at step {step}: lower learning_rate")
+        found = loss.item()
+        if not math.isfinite(found):
+            raise AlignvecError(f"the divergence is {found} at step {step}: lower learning_rate")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         if progress is not None:
-            progress(step, float(loss))
+            progress(step, found)
     return _distilled(low_bit, target, student, {"steps": steps, "batch_size": batch_size, "texts": len(texts)})
 
 

@@ -73,15 +73,10 @@ def test_the_vector_at_1_gives_the_trained_model(method: str, base, tokenizer, p
             end = base(input_ids=ids).logits
     assert (end - start).abs().max() > 1e-3
     torch.testing.assert_close(end, kept.logits, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_keep_goes_part_of_the_way(method: str, base, tokenizer, pairs) -> None:
-    whole, half = (
-        train_dpo(base, tokenizer, pairs, method=method, rank=2, keep=keep, **OPTIONS) for keep in (1.0, 0.5)
-    )
-    assert half.norm() == pytest.approx(0.5 * whole.norm(), rel=1e-5)
-    assert half.cosine(whole) == pytest.approx(1, abs=1e-5)
+    base.alignment.detach()
+    half = train_dpo(base, tokenizer, pairs, method=method, rank=2, keep=0.5, **OPTIONS)
+    assert half.norm() == pytest.approx(0.5 * vector.norm(), rel=1e-5)
+    assert half.cosine(vector) == pytest.approx(1, abs=1e-5)
 
 
 def test_frozen_patterns_and_the_dtype_of_the_deltas(base, tokenizer, pairs) -> None:
