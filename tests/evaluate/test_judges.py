@@ -162,6 +162,10 @@ def test_a_failing_server_ends_in_one_sentence_and_what_came_is_kept(stub: Stub,
     with pytest.raises(AlignvecError, match=r"judge m at http://127.*failed, after 1 retries"):
         judge.judge(["q"] * 4, list("abcd"))
     assert len(file.read_text().splitlines()) == 1
+    stub.always = 200  # an error in the guise of success
+    with pytest.raises(AlignvecError, match="without a completion"):
+        EndpointJudge("m", base_url=stub.url, cache=file).judge(["q"], ["e"])
+    assert len(file.read_text().splitlines()) == 1
     stub.always = 401
     with pytest.raises(AlignvecError, match="set MY_KEY"):
         EndpointJudge("m", base_url=stub.url, key_variable="MY_KEY").judge(["q"], ["a"])

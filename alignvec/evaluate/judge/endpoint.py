@@ -144,8 +144,10 @@ class EndpointJudge:
             temperature=0,
             **(options if constrained else {}),
         )
-        choices = completion.choices or []  # some servers answer 200 with an error and no choices
-        return (choices[0].message.content or "") if choices else ""
+        choices = getattr(completion, "choices", None)  # a page of text, or an error with status 200, has none
+        if not choices:
+            raise AlignvecError(f"{self._place} answered without a completion; is that the endpoint's base URL?")
+        return choices[0].message.content or ""
 
     def _key(self, text: str) -> str:
         return hashlib.sha256(json.dumps([self.model, self._system, text]).encode()).hexdigest()
