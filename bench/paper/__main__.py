@@ -44,11 +44,12 @@ def main(
     console = Console()
     for label in setting or SHIPPED:
         opened = open_setting(label, device=device, scale=scale)
+        opened.results = results / opened.name
         wanted = [
             name for name in chosen if names or label not in experiments.SHORT or name in experiments.SHORT[label]
         ]
         for name in wanted:
-            output = results / opened.name / f"{name}.json"
+            output = opened.results / f"{name}.json"
             if not (keep and output.exists()):
                 run(name, opened, output, console)
     write_report(results, report)

@@ -41,6 +41,7 @@ class Setting:
     device: str = "cpu"
     dtype: str = "float32"
     scale: float = 1.0
+    results: Path = Path("results")
     track: Callable[[str], Progress] = field(default=lambda _: lambda _: None)
 
     @property
@@ -132,5 +133,5 @@ def _shipped(name: str, device: str, scale: float) -> Setting:
         from alignvec.recipes.models import vector_path
 
         base = str(model_path(name))
-        vectors = {domain: alignvec.load(vector_path(name, domain)).with_base(base) for domain in QUERIES}
+        vectors = {domain: alignvec.load(vector_path(domain, name)).with_base(base) for domain in QUERIES}
     return Setting(name, base, vectors, test, train, None, device, "float32", scale)

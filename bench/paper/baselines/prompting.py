@@ -42,7 +42,7 @@ def rates(
 
     ``instructions``: level to sentence, where ``{domain}`` is the domain; None for examples alone. ``examples`` are
     training questions: the first ``shots`` of a question's own domain are shown, answered at the level wanted for it.
-    ``extra_tokens`` [settings]: tokens that a prompt is longer by, on average, all of which every forward reads.
+    ``extra_tokens`` [settings, domains]: tokens that a prompt is longer by, on average, all of which a forward reads.
 
     Raises AlignvecError for a prompt with a response that is longer than the model's positions.
     """
@@ -60,7 +60,9 @@ def rates(
             prompt=lambda question, setting=setting: write(question, setting),  # type: ignore[misc]
         )
         totals.append(scorer().total.view(1, -1))
-        extra.append(float((_lengths(scorer) - plain).mean()))
+        longer = _lengths(scorer) - plain
+        own = [[q.domain == domain for q in questions] for domain in scorer.domains]
+        extra.append([float(longer[torch.tensor(here)].mean()) for here in own])
     found = scores(scorer, torch.cat(totals))
     return outcome(settings, found, by, shots=shots, extra_tokens=extra, forwards_per_setting=1, forwards_per_token=1)
 

@@ -80,7 +80,7 @@ def section(data: dict[str, Any], picture: Path) -> str:
     return (
         "Each vector in each format, swept over its own domain. *Points*: the largest difference of a level's rate "
         "from the dense vector's, over the sweep; *other choice*: questions whose likeliest level is another; "
-        "*distilled*: the scales of the signs trained to give the dense model's logits (BitDelta, arXiv 2402.10193).\n\n"
+        "*distilled*: the scales of the signs trained to give the dense model's logits (arXiv 2402.10193).\n\n"
         + table(head, rows)
         + "\n"
         + save(figure, picture)

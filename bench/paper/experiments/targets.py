@@ -31,7 +31,6 @@ from alignvec.search.lattice import combinations
 from alignvec.search.surrogate import surrogate
 from bench.paper.baselines import prompting
 from bench.paper.experiment import COLOURS, Claim, panels, percent, save, table
-from bench.paper.report import RESULTS
 from bench.paper.setting import Setting
 
 TITLE = "Several domains at once: the 27 targets"
@@ -59,7 +58,7 @@ def run(setting: Setting) -> dict[str, Any]:
     best = grid(landscape, targets)
     save_grid(
         landscape,
-        RESULTS / setting.name / "landscape.safetensors",
+        setting.results / "landscape.safetensors",
         {domain: sum(question.domain == domain for question in questions) for domain in setting.domains},
     )
     mixes = [dict(result.mix) for result in best]
@@ -122,7 +121,7 @@ def _prompting(setting: Setting, targets: list[Target]) -> dict[str, Any]:
             continue
         told = prompting.rates(
             *(model, setting.tokenizer, questions, wanted),
-            examples=setting.few(shots + 1, train=True),
+            examples=setting.train,
             shots=shots,
             instructions=None if shots else prompting.INSTRUCTIONS,
         )
