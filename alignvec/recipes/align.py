@@ -93,7 +93,7 @@ def align(
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, delta in vector.items():
-            parameters[name] += delta.to(parameters[name])
+            parameters[name].add_(delta.to(parameters[name]))
     return model.eval()
 
 
