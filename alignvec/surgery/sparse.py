@@ -50,7 +50,8 @@ def dare(
     """Drop and rescale (DARE, arXiv 2311.03099): each value stays with probability ``density``, divided by it.
 
     The paper's drop rate is ``1 - density``. Norms and biases are dropped, too. What stays depends on ``seed`` and the
-    parameter's name alone; matrices are made as the format ``sparse:method=dare`` makes them, and stored so by default.
+    parameter's name alone: vectors that are to be combined need different seeds, or they keep the same places. Matrices
+    are made as the format ``sparse:method=dare`` makes them, and stored so by default.
     Raises AlignvecError for a density outside (0, 1] or a negative seed.
     """
     spec = formats.parse(Spec("sparse", {"method": "dare", "density": _density(density), "seed": seed}))

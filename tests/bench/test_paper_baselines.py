@@ -127,9 +127,9 @@ def test_prompting_counts_its_tokens(shipped: SimpleNamespace) -> None:
     made = prompting.rates(shipped.model, shipped.tokenizer, shipped.asked, settings)
     said = prompting.INSTRUCTIONS["expert"].format(domain="medical") + "\n\n"
     tokens = len(shipped.tokenizer(said)["input_ids"])
-    assert made["extra_tokens"][0] == 0
-    assert made["extra_tokens"][1] == pytest.approx(tokens, abs=1.5)
-    assert made["extra_tokens"][2] > made["extra_tokens"][1]
+    assert made["extra_tokens"][0] == [0, 0]
+    assert made["extra_tokens"][1] == pytest.approx([tokens, tokens], abs=1.5)
+    assert made["extra_tokens"][2][0] > made["extra_tokens"][1][0]
     assert torch.tensor(made["rates"]).sum(-1).allclose(torch.ones(3, 2))
     assert made["rates"][0] == scorer(shipped)().rates()[0].tolist()
 
