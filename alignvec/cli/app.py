@@ -14,6 +14,7 @@ from alignvec.cli.evaluate import evaluate
 from alignvec.cli.generate import generate
 from alignvec.cli.inspect import inspect
 from alignvec.cli.options import console, mix, size, table, vectors
+from alignvec.cli.search import search
 from alignvec.cli.surgery import surgery
 from alignvec.cli.train import train
 from alignvec.cli.tune import tune
@@ -33,6 +34,7 @@ app.command()(generate)
 app.command()(demo)
 app.command()(env)
 app.command()(evaluate)
+app.command()(search)
 app.command()(tune)
 app.command()(train)
 app.command()(distil)

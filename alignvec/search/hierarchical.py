@@ -49,8 +49,8 @@ def hierarchical(
             known.update(dict.fromkeys(new))
 
     def best(searched: Iterable[Target]) -> dict[Target, list[Cell]]:
-        cells, (mixes, rates) = list(known), view.known()
-        return {target: [cells[i] for i in order(target, mixes, rates)[:keep]] for target in searched}
+        cells, (coefficients, rates) = list(known), view.known()
+        return {target: [cells[i] for i in order(target, coefficients, rates)[:keep]] for target in searched}
 
     spacing = (points - 1) // (coarse - 1)
     first = sorted({*range(0, points - 1, spacing), points - 1})

@@ -169,7 +169,7 @@ class View:
         self.landscape: Landscape = landscape.landscape if isinstance(landscape, View) else landscape
         self.names, self.domains, self.levels = self.landscape.names, self.landscape.domains, self.landscape.levels
         self._parent = landscape
-        self._seen: dict[Key, None] = {}
+        self._seen: dict[Key, Tensor] = {}
         self.waited = 0.0  # seconds spent in `rates`, which is next to nothing where all was known
 
     def rates(self, mixes: Sequence[Mix]) -> Tensor:
@@ -177,7 +177,7 @@ class View:
         begun = time.perf_counter()
         rates = self._parent.rates(mixes)
         self.waited += time.perf_counter() - begun
-        self._seen.update(dict.fromkeys(self.landscape.keys(mixes)))
+        self._seen.update(zip(self.landscape.keys(mixes), rates.unbind(), strict=True))
         return rates
 
     def view(self) -> View:
@@ -194,10 +194,9 @@ class View:
         """What measuring them took, then or before."""
         return self.landscape.cost(self._seen)
 
-    def known(self) -> tuple[list[dict[str, float]], Tensor]:
-        """The distinct mixes asked for so far, in order, and their rates, float64 [mixes, domains, levels]."""
-        mixes = [self.landscape.mix(key) for key in self._seen]
-        return mixes, self.landscape.rates(mixes)
+    def known(self) -> tuple[Tensor, Tensor]:
+        """The distinct mixes asked for so far, in order, float64: coefficients [mixes, names], rates [mixes, ...]."""
+        return torch.tensor(list(self._seen), dtype=torch.float64) / MILLION, torch.stack(list(self._seen.values()))
 
 
 def show(mix: Mix) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,16 +76,15 @@ class Result:
         }
 
 
-def order(target: Target, mixes: Sequence[Mapping[str, float]], rates: Tensor) -> list[int]:
+def order(target: Target, coefficients: Tensor, rates: Tensor) -> list[int]:
     """Indices of mixes, best first: constraints kept, then the score, then the smaller Euclidean norm.
 
-    Among mixes that break constraints, those that break them least come first. `rates` are [mixes, domains, levels].
+    Among mixes that break constraints, those that break them least come first. `coefficients` are [mixes, names],
+    `rates` [mixes, domains, levels].
     """
-    broken = target.violations(rates).clamp(min=0).sum(-1).numpy()
-    coefficients = numpy.array([list(mix.values()) for mix in mixes])
-    norms = numpy.linalg.norm(coefficients, axis=1)
-    keys = [column.round(9) for column in (broken, -target.score(rates).numpy(), norms, *coefficients.T)]
-    return list(map(int, numpy.lexsort(keys[::-1])))  # which takes its first key last
+    broken, norms = target.violations(rates).clamp(min=0).sum(-1), coefficients.norm(dim=-1)
+    columns = (broken, -target.score(rates), norms, *coefficients.T)
+    return numpy.lexsort([column.numpy().round(9) for column in columns[::-1]]).tolist()  # its last key is the first
 
 
 def trace(target: Target, rates: Tensor) -> list[float]:
@@ -101,14 +100,15 @@ def results(
 
     `begun`: `time.perf_counter()` when the search started.
     """
-    mixes, rates = view.known()
+    coefficients, rates = view.known()
     found = []
     for target in targets:
-        best = order(target, mixes, rates)[0]
-        found.append((target, mixes[best], float(target.score(rates[best])), rates[best], trace(target, rates)))
+        best = order(target, coefficients, rates)[0]
+        mix = dict(zip(view.names, coefficients[best].tolist(), strict=True))
+        found.append((target, mix, float(target.score(rates[best])), rates[best], trace(target, rates)))
     seconds, overhead = view.seconds, max(0.0, time.perf_counter() - begun - view.waited)
     return [
-        Result(method, target, mix, score, rate, len(mixes), seconds, overhead, curve, list(front))
+        Result(method, target, mix, score, rate, len(rates), seconds, overhead, curve, list(front))
         for target, mix, score, rate, curve in found
     ]
 
