@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 
 from alignvec.cli.options import console, table
 
@@ -71,17 +71,25 @@ def demo(
 
 
 def _rates(alignment: Any, tokenizer: Any, rows: dict[str, Any]) -> Rates:
-    from alignvec.recipes.evaluate import level_rates
+    from functools import partial
 
-    rates: Rates = {domain: {} for domain in rows}
+    from alignvec.evaluate import Scorer
+
+    rates: Rates = {}
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("scoring stored answers", total=len(rows) * len(COEFFICIENTS))
-        for domain, questions in rows.items():
-            for coefficient in COEFFICIENTS:
-                with alignment.using({domain: coefficient}):
-                    rates[domain][coefficient] = level_rates(alignment.model, tokenizer, questions)
-                progress.advance(task)
+        for domain, asked in rows.items():
+            report = partial(_advance, progress, progress.add_task(f"scoring stored answers, {domain}", total=1.0))
+            scorer = Scorer(alignment, tokenizer, [row.question() for row in asked])
+            shares = scorer([{domain: coefficient} for coefficient in COEFFICIENTS], progress=report).rates()[:, 0]
+            rates[domain] = {
+                coefficient: dict(zip(scorer.levels, levels, strict=True))
+                for coefficient, levels in zip(COEFFICIENTS, shares.tolist(), strict=True)
+            }
     return rates
+
+
+def _advance(progress: Progress, task: TaskID, share: float) -> None:
+    progress.update(task, completed=share)
 
 
 def _rate_table(domain: str, rates: dict[float, dict[str, float]], queries: int) -> Any:

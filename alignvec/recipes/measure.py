@@ -8,7 +8,7 @@ from rich.progress import Progress
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from alignvec.recipes.dataset import QUERIES, make_rows
-from alignvec.recipes.evaluate import answers, level_scores, rates_of, topic_rate
+from alignvec.recipes.evaluate import answers, level_rates, topic_rate
 
 COEFFICIENTS = tuple(step / 4 for step in range(-4, 5))
 GENERATED_AT = (-1.0, -0.5, 0.0, 0.5, 1.0)
@@ -41,8 +41,8 @@ def measure(output: Path, device: str, progress: Progress, count: int = 300, gen
         chosen = rows[domain][:generated]
         for coefficient in COEFFICIENTS:
             mix_into(model, base, vectors[domain], coefficient)
-            mean, total = level_scores(model, tokenizer, rows[domain])
-            found["mean"][f"{coefficient:g}"], found["sum"][f"{coefficient:g}"] = rates_of(mean), rates_of(total)
+            for by in ("mean", "sum"):
+                found[by][f"{coefficient:g}"] = level_rates(model, tokenizer, rows[domain], by)
             progress.update(task, advance=1)
             if coefficient in GENERATED_AT:
                 texts = answers(model, tokenizer, [row.query for row in chosen])
@@ -53,7 +53,7 @@ def measure(output: Path, device: str, progress: Progress, count: int = 300, gen
         found["elsewhere"] = {}  # what this domain's vector does to the other domains, at coefficient 1
         for other in QUERIES:
             if other != domain:
-                found["elsewhere"][other] = rates_of(level_scores(model, tokenizer, rows[other][: count // 2])[0])
+                found["elsewhere"][other] = level_rates(model, tokenizer, rows[other][: count // 2])
                 progress.update(task, advance=1)
     return measured
 

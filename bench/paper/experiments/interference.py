@@ -122,8 +122,8 @@ def section(data: dict[str, Any], picture: Path) -> str:
         f"Points that the {most} rate gains per unit of coefficient, by central differences at ±{data['coefficient']} "
         f"on {data['questions'] // len(domains)} questions a domain. Off the diagonal is over-generalisation.\n\n"
         + matrix
-        + f"\nOperations on the vectors: mean gain in the own domain and in the others, their ratio (0: no "
-        f"interference, 1: a level without a domain), and, on {data['searched'] // len(domains)} questions a domain, how many of the "
+        + "\nOperations on the vectors: mean gain in the own domain and in the others, their ratio (0: none, "
+        f"1: a level without a domain), and, on {data['searched'] // len(domains)} questions a domain, how many of the "
         f"{len(data['levels']) ** len(domains)} targets the grid reaches and the mean of their best scores.\n\n"
         + table(["vectors", "norm", "cosines", "own", "others", "ratio", "reached", "mean score"], rows)
         + "\n"

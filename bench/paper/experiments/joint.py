@@ -104,14 +104,14 @@ def section(data: dict[str, Any], picture: Path) -> str:
     panel.legend(frameon=False)
     steps = data["runs"][0]["steps"]
     return (
-        f"A joint run of {steps} steps (16 pairs each, as many as a shipped vector was trained with) prefers the wanted "
-        "level in every domain over the others. Compared with the best mix within -1 to 1, both measured.\n\n"
+        f"A joint run of {steps} steps (16 pairs each, as many as a shipped vector was trained with) prefers the "
+        "wanted level in every domain over the others. Compared with the best mix within -1 to 1, both measured.\n\n"
         + table(["target", "joint training", "mix of vectors", "seconds of training"], rows)
         + f"\nOne run takes {cost['run']:.0f} s here, so {data['targets']} targets {cost['every'] / 60:.0f} minutes "
         f"(counted, not run). Vectors: {data['vectors']} such runs ({cost['train'] / 60:.1f} minutes) and "
-        f"{data['measured']} evaluations on {data['evaluation_questions']} questions ({cost['search'] / 60:.1f} minutes) "
-        f"serve all of them: **{cost['given']:.1f} times** less with the vectors given, {cost['whole']:.1f} times with their training.\n\n"
-        + save(figure, picture)
+        f"{data['measured']} evaluations on {data['evaluation_questions']} questions ({cost['search'] / 60:.1f} "
+        f"minutes) serve all of them: **{cost['given']:.1f} times** less with the vectors given, "
+        f"{cost['whole']:.1f} times with their training.\n\n" + save(figure, picture)
     )
 
 
