@@ -3,8 +3,8 @@
 A domain's direction at a layer is the mean, over training questions, of the layer's output where it predicts a
 response of the one level (expert) less that of the other (avoidance). It is added, times a strength, wherever a
 response's tokens are predicted: at the prompt's last token and every token of the response. Directions are not
-normalised further, so a strength of 1 moves the stream by the mean difference itself; the paper turns from about -2 to
-2, and what is of use depends on model and layer. Strengths are rows of a batch, as mixes are.
+normalised further, so a strength of 1 moves the stream by the mean difference itself. The paper turns from about -2 to
+2; what is of use depends on model and layer: on the shipped models up to 4. Strengths are rows of a batch, as mixes are.
 """
 
 from __future__ import annotations
@@ -67,13 +67,14 @@ def choose_layer(
     questions: Sequence[Question],
     found: Directions,
     *,
-    strength: float = 1.0,
+    strength: float = 4.0,
     towards: str = "expert",
     away: str = "avoidance",
 ) -> int:
     """The layer where turning every domain's own direction up and down by ``strength`` moves its rates most.
 
-    ``questions`` are training questions again, best ones that the directions have not seen. What is compared: rate of
+    ``questions`` are training questions again, best ones that the directions have not seen. ``strength`` should be the
+    largest that will be used: another layer may be best for weaker ones. What is compared: rate of
     ``towards`` less rate of ``away``, turned up less turned down, averaged over domains; of equals the first.
     """
     scorer = Scorer(model, tokenizer, questions)
