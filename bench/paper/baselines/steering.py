@@ -4,7 +4,7 @@ A domain's direction at a layer is the mean, over training questions, of the lay
 response of the one level (expert) less that of the other (avoidance). It is added, times a strength, wherever a
 response's tokens are predicted: at the prompt's last token and every token of the response. Directions are not
 normalised further, so a strength of 1 moves the stream by the mean difference itself. The paper turns from about -2 to
-2; what is of use depends on model and layer: on the shipped models up to 4. Strengths are rows of a batch, as mixes are.
+2; what is of use depends on model and layer: on the shipped models up to 4. Strengths are rows of a batch, as mixes.
 """
 
 from __future__ import annotations
