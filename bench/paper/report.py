@@ -73,3 +73,7 @@ def _stamp(entry: Entry) -> str:
         if not entry["device"].startswith(("NVIDIA", "AMD Instinct"))
         else f"*{entry['setting']} on {entry['device']}, {entry['date'][:10]}, {entry['seconds']:.0f} s.*\n"
     )
+
+
+if __name__ == "__main__":
+    write_report(RESULTS, Path("docs/paper"))

@@ -25,7 +25,7 @@ from alignvec.search import (
 from alignvec.search.plot import plot_convergence, plot_slices, plot_sweeps
 from tests.search.landscapes import LEVELS, NAMES, Simulated
 
-RECORDED = Path(__file__).parents[2] / "bench" / "paper" / "results" / "landscape.safetensors"
+RECORDED = Path(__file__).parents[2] / "bench" / "paper" / "results" / "mistral-4m" / "landscape.safetensors"
 SIMULATED = {
     "mild": dict(seed=0),
     "interfering": dict(seed=1, interference=0.7, questions=100),

@@ -35,7 +35,8 @@ from bench.paper.setting import Setting
 
 TITLE = "Several domains at once: the 27 targets"
 QUESTIONS, DRAWN, PROMPTED = 60, 40, 20
-TRIALS = {"tpe": 200, "gp": 60, "nsga2": 200}
+# Trials of a study, and on every how-manieth target it is tried: a Gaussian process takes long to choose.
+TRIALS = {"tpe": (100, 1), "nsga2": (200, 1), "gp": (40, 6)}
 WITHIN = 0.02
 
 
@@ -138,22 +139,19 @@ def _searches(landscape: Landscape, targets: list[Target], best: list[Result], s
     """What each search needs on the recorded landscape, target by target."""
     report = setting.track("searching")
     found: dict[str, Any] = {}
-    shared = landscape.view()
-    together = hierarchical(shared, targets)
+    together = hierarchical(landscape, targets)
     found["hierarchical, all 27 at once"] = _summary(together, best, len(targets))
     for label in ("hierarchical", *TRIALS):
+        trials, every = TRIALS.get(label, (0, 1))
+        chosen = targets[::every]
         own = []
-        for i, target in enumerate(targets):
-            begin = time.perf_counter()
+        for i, target in enumerate(chosen):
             if label == "hierarchical":
-                [result] = hierarchical(landscape.view(), [target])
+                own += hierarchical(landscape, [target])
             else:
-                [result] = optimise(landscape.view(), [target], label, TRIALS[label])
-            own.append((result, time.perf_counter() - begin))
-            report((i + 1) / len(targets))
-        found[label] = _summary([result for result, _ in own], best) | {
-            "overhead": sum(seconds for _, seconds in own) / len(own)
-        }
+                own += optimise(landscape, [target], label, trials)
+            report((i + 1) / len(chosen))
+        found[label] = _summary(own, best[::every]) | {"overhead": sum(result.overhead for result in own) / len(own)}
     return found
 
 
@@ -162,6 +160,7 @@ def _summary(found: list[Result], best: list[Result], share: int = 1) -> dict[st
     reached = sorted(count for count in needed if count is not None)
     return {
         "within": len(reached),
+        "targets": len(found),
         "median": reached[len(reached) // 2] if reached else None,
         "most": reached[-1] if reached else None,
         "evaluations": sum(result.evaluations for result in found) / len(found) / share,
@@ -216,13 +215,13 @@ def section(data: dict[str, Any], picture: Path) -> str:
 
 def _search_table(data: dict[str, Any]) -> str:
     seconds = data["seconds_per_evaluation"]
-    rows = [["grid", len(data["targets"]), "", "", f"{data['grid']:,}", f"{seconds * data['grid'] / 60:.0f}", ""]]
+    rows = [["grid", "all", "", "", f"{data['grid']:,}", f"{seconds * data['grid'] / 60:.0f}", ""]]
     rows += [["grid, predicted", "", "", "", data["measured"], f"{seconds * data['measured'] / 60:.1f}", ""]]
     for label, found in data["searches"].items():
         rows.append(
             [
                 label,
-                found["within"],
+                f"{found['within']} of {found['targets']}",
                 found["median"] if found["traces"] else "",
                 found["most"] if found["traces"] else "",
                 f"{found['evaluations']:.0f}",
