@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from alignvec.recipes.align import BATCH_SIZE, BETA, KEPT, LEARNING_RATE, SFT_WEIGHT
 from alignvec.recipes.dataset import LEVELS, QUERIES, split_personas, split_topics
 from alignvec.recipes.pretrain import STAGES
+from alignvec.recipes.shapes import DEFAULT, SHAPES
 
 INTRODUCTION = """# The tiny models of alignvec
 
@@ -32,6 +33,7 @@ def write_card(output: Path) -> None:
 def _training(output: Path, recipe: dict[str, Any]) -> str:
     model = AutoModelForCausalLM.from_pretrained(output / "base", dtype=torch.bfloat16)
     config, size = model.config, sum(parameter.numel() for parameter in model.parameters())
+    rate = LEARNING_RATE * SHAPES[recipe["setting"].get("shape", DEFAULT)].align_rate
     train, test = split_personas()
     topics = ", ".join(
         f"{len(known)} + {len(held_out)} {domain}" for domain in QUERIES for known, held_out in [split_topics(domain)]
@@ -54,7 +56,7 @@ large model would have met them; in its last stage it reads up on the held-out o
 names, which teaches it to repeat the name asked. Its \
 dialogues come from the training split alone. {len(STAGES)} stages: {stages_text}. \
 No held-out query, persona or response is ever trained on.
-- Each descendant: DPO with TRL (beta {BETA}, learning rate {LEARNING_RATE:g}, batches of {BATCH_SIZE} pairs, a \
+- Each descendant: DPO with TRL (beta {BETA}, learning rate {rate:g}, batches of {BATCH_SIZE} pairs, a \
 supervised term of {SFT_WEIGHT}), all parameters but the embedding, on its domain's training rows; \
 its weights are averaged with the base's, {KEPT:.0%} of the way to where the run ended. Of six pairs three \
 prefer generic to \
@@ -115,10 +117,11 @@ def _samples(recipe: dict[str, Any]) -> str:
 
 def _setting(recipe: dict[str, Any]) -> str:
     setting = recipe["setting"]
+    shape = setting.get("shape", DEFAULT)
     versions = ", ".join(f"{package} {number}" for package, number in setting["versions"].items())
     return f"""## Reproduce
 
-`python -m alignvec.recipes.tiny --output tiny-models --seed {setting["seed"]}` on {setting["device"]}, \
+`python -m alignvec.recipes.tiny --shape {shape} --output tiny-models --seed {setting["seed"]}` on {setting["device"]}, \
 {setting["date"]}: Python {setting["python"]}, {versions}. The data is the same everywhere; weights differ in the last \
 digits between machines, and rates by a few points. All numbers are in `recipe.json`.
 """

@@ -12,12 +12,14 @@ from alignvec.errors import AlignvecError
 class Shape:
     """A `model_type` of transformers and its sizes.
 
-    `rate` multiplies the base's learning rates, which larger models want lower.
+    `rate` multiplies the base's learning rates and `align_rate` that of preference training: larger models want lower
+    ones, smaller models higher ones.
     """
 
     architecture: str
     sizes: dict[str, Any]
     rate: float = 1.0
+    align_rate: float = 1.0
 
 
 SHAPES = {
@@ -47,6 +49,7 @@ SHAPES = {
             head_dim=32,
             max_position_embeddings=256,
         ),
+        align_rate=4.0,
     ),
     # 55 million, for a GPU.
     "llama-55m": Shape(

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
-from alignvec.recipes.align import STEPS, align
+from alignvec.recipes.align import LEARNING_RATE, STEPS, align
 from alignvec.recipes.card import write_card
 from alignvec.recipes.dataset import QUERIES
 from alignvec.recipes.measure import measure
@@ -43,6 +43,8 @@ def tiny(
     vectors: Annotated[Path | None, typer.Option(help="Also extract the three vectors into this folder.")] = None,
 ) -> None:
     """Train, measure and describe the tiny models.
+
+    The shape llama-55m is meant for a GPU (--device cuda); it has not been trained yet.
 
     Example: python -m alignvec.recipes.tiny --output tiny-models
     """
@@ -70,7 +72,8 @@ def tiny(
                 continue
             start = time.monotonic()
             base: Any = AutoModelForCausalLM.from_pretrained(output / "base", dtype=torch.float32, device_map=device)
-            _save(align(base, tokenizer, domain, align_steps, seed, device, progress), output / domain)
+            rate = LEARNING_RATE * SHAPES[shape].align_rate
+            _save(align(base, tokenizer, domain, align_steps, seed, device, progress, rate), output / domain)
             recipe.record(domain, {"steps": align_steps, "seconds": round(time.monotonic() - start)})
         recipe.record("measured", measure(output, device, progress, count=rows, generated=max(1, rows // 3)))
     if vectors is not None:
