@@ -12,8 +12,10 @@ CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name
 demo: $(VENV)/.demo
 	$(BIN)/alignvec demo
 
+# A process for each of two cores; JOBS=0 runs the tests in one, as a debugger wants it.
+JOBS ?= 2
 test: $(VENV)/.csrc
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check

@@ -17,6 +17,10 @@ if not torch.cuda.is_available():
         interpreter_bf16.install()
 
 
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     """A test draws the same numbers alone and in any order."""
