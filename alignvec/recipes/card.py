@@ -121,7 +121,8 @@ def _setting(recipe: dict[str, Any]) -> str:
     versions = ", ".join(f"{package} {number}" for package, number in setting["versions"].items())
     return f"""## Reproduce
 
-`python -m alignvec.recipes.tiny --shape {shape} --output tiny-models --seed {setting["seed"]}` on {setting["device"]}, \
-{setting["date"]}: Python {setting["python"]}, {versions}. The data is the same everywhere; weights differ in the last \
-digits between machines, and rates by a few points. All numbers are in `recipe.json`.
+`python -m alignvec.recipes.tiny --shape {shape} --output tiny-models --seed {setting["seed"]}` on \
+{setting["device"]}, {setting["date"]}: Python {setting["python"]}, {versions}. The data is the same \
+everywhere; weights differ in the last digits between machines, and rates by a few points. All numbers are in \
+`recipe.json`.
 """
