@@ -20,7 +20,7 @@ def distil(
     output: Annotated[Path, typer.Argument(help="Folder to write the vector with its new scales to.")],
     steps: Annotated[int, typer.Option(help="Of the optimiser.")] = 200,
     batch_size: Annotated[int, typer.Option(help="Texts a step.")] = 4,
-    learning_rate: Annotated[float, typer.Option(help="Of factors that the scales are multiplied by.")] = 1e-2,
+    learning_rate: Annotated[float, typer.Option(help="Of factors that the scales are multiplied by.")] = 5e-2,
     max_length: Annotated[int, typer.Option(help="Tokens of a text that are read.")] = 128,
     dtype: Annotated[str, typer.Option(help="To compute in: float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: a GPU if there is one.")] = None,

@@ -43,7 +43,7 @@ def distil(
     *,
     steps: int = 200,
     batch_size: int = 4,
-    learning_rate: float = 1e-2,
+    learning_rate: float = 5e-2,
     max_length: int = 128,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
@@ -55,6 +55,9 @@ def distil(
     The loss is the Kullback-Leibler divergence of the next token's distribution, averaged over tokens. The paper has
     the squared error of the logits, which also counts what no distribution shows: an offset that all logits share, and
     the logits of tokens that are never likely.
+
+    Most of the gain is a length: the scale with the least squared error of the weights, mean |d| for sign, realises
+    less of the dense vector than its coefficient says (0.67 for the shipped ones), and training makes up for that.
 
     A step holds the base, the deltas of `aligned` and the weights of both sums, about four times the model; packed bits
     and a number for each scale are all that is kept for the backward pass beside activations.
