@@ -34,7 +34,7 @@ from alignvec.vector import AlignmentVector
 DOMAIN, LEVELS = "safety", ("refuse", "comply")
 HELD_OUT_EVERY = 5  # one topic in five is held out
 STEPS = 100
-LEARNING_RATE = 1e-4
+LEARNING_RATE = 4e-4
 BETA = 0.1
 SFT_WEIGHT = 0.1
 
