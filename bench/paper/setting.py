@@ -15,7 +15,7 @@ import transformers
 import alignvec
 from alignvec import Alignment, AlignmentVector, AlignvecError
 from alignvec.evaluate import Question, Scorer, Scores, load_questions
-from alignvec.recipes.models import model_path
+from alignvec.recipes.models import model_path, vector_path
 
 SHIPPED = ("mistral-4m", "qwen3-2m")
 COEFFICIENTS = tuple(i / 10 for i in range(-10, 11))  # the paper's 21
@@ -123,15 +123,16 @@ def open_setting(name: str, *, device: str = "cpu", scale: float = 1.0) -> Setti
 
 def _shipped(name: str, device: str, scale: float) -> Setting:
     from alignvec.recipes.dataset import QUERIES, make_rows
+    from alignvec.recipes.safety import safety_questions
 
     test = [row.question() for domain in QUERIES for row in make_rows(domain, "test")[:400]]
     train = [row.question() for domain in QUERIES for row in make_rows(domain, "train")[:2000]]
+    safety = None
     if name == "mistral-4m":
         base = str(model_path("base"))
         vectors = {domain: alignvec.extract(base, model_path(domain)) for domain in QUERIES}
+        safety = alignvec.load(vector_path("safety")), safety_questions("test")
     else:
-        from alignvec.recipes.models import vector_path
-
         base = str(model_path(name))
         vectors = {domain: alignvec.load(vector_path(domain, name)).with_base(base) for domain in QUERIES}
-    return Setting(name, base, vectors, test, train, None, device, "float32", scale)
+    return Setting(name, base, vectors, test, train, safety, device, "float32", scale)
