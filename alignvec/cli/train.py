@@ -56,6 +56,7 @@ def train(
     from alignvec.encoding import asked_for
     from alignvec.evaluate import load_questions
     from alignvec.train import load_pairs, pairs_from_questions, train_dpo
+    from alignvec.vector import AlignmentVector
     from alignvec.writer import output_folder
 
     if not base.is_dir():
@@ -93,7 +94,8 @@ def train(
             vector.save(folder, overwrite=True)
         else:
             convert(vector, folder, format, base=base, overwrite=True)
-    console.print(f"{output}: {len(vector)} tensors, {size(vector.nbytes)}, norm {vector.norm():.4g}")
+    written = AlignmentVector.load(output)
+    console.print(f"{output}: {len(written)} tensors, {written.format}, {size(written.nbytes)}, norm {vector.norm():.4g}")
 
 
 def preferences(values: list[str]) -> dict[str, str | list[tuple[str, str]]]:
