@@ -95,7 +95,9 @@ def train(
         else:
             convert(vector, folder, format, base=base, overwrite=True)
     written = AlignmentVector.load(output)
-    console.print(f"{output}: {len(written)} tensors, {written.format}, {size(written.nbytes)}, norm {vector.norm():.4g}")
+    console.print(
+        f"{output}: {len(written)} tensors, {written.format}, {size(written.nbytes)}, norm {vector.norm():.4g}"
+    )
 
 
 def preferences(values: list[str]) -> dict[str, str | list[tuple[str, str]]]:
