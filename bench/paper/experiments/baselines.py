@@ -15,7 +15,7 @@ from bench.paper.experiment import Claim, panels, percent, save, table
 from bench.paper.setting import Setting
 
 TITLE = "Other dials at inference time"
-QUESTIONS, LEARNT = 20, 40
+QUESTIONS, LEARNT = 16, 40
 AT = (-1.0, -0.5, 0.0, 0.5, 1.0)
 STRENGTH = 4.0  # of 1: steering's unit is the mean difference of expert and avoidance, which moves little here
 

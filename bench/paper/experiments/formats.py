@@ -14,7 +14,7 @@ from bench.paper.experiment import Claim, panels, save, table
 from bench.paper.setting import Setting
 
 TITLE = "Formats: bits against the dial"
-QUESTIONS, CALIBRATION = 60, 100
+QUESTIONS, CALIBRATION = 40, 100
 FORMATS = ("dense", "int8", "int4", "sign", "low-rank:rank=32", "low-rank:rank=8", "sparse:density=0.1")
 UNBIASED = "sign, turned further"
 AT = (-1.0, -0.5, 0.0, 0.5, 1.0)

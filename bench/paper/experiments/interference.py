@@ -18,7 +18,7 @@ from bench.paper.experiment import Claim, panels, save, table
 from bench.paper.setting import Setting
 
 TITLE = "Over-generalisation and surgery"
-QUESTIONS, SEARCHED, NODES = 60, 20, 4
+QUESTIONS, SEARCHED, NODES = 40, 16, 4
 COEFFICIENT = 0.5
 
 

@@ -16,8 +16,8 @@ from bench.paper.experiment import Claim, panels, percent, save, table
 from bench.paper.setting import Setting
 
 TITLE = "Joint training for each target"
-QUESTIONS, STEPS = 60, 150
-TARGETS = ("medical=expert,legal=avoidance,financial=generic", "medical=expert,legal=expert,financial=expert")
+QUESTIONS, STEPS = 40, 150
+TARGETS = ("medical=expert,legal=avoidance,financial=generic",)
 
 
 def needs(setting: Setting) -> str:

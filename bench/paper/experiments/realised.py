@@ -16,7 +16,7 @@ from bench.paper.experiment import Claim, panels, save, table
 from bench.paper.setting import COEFFICIENTS, Setting
 
 TITLE = "Requested and realised coefficients in bfloat16"
-QUESTIONS = 60
+QUESTIONS = 40
 SMALL = 0.01  # of a vector: an edit that 16 bits can hardly hold
 
 

@@ -34,7 +34,7 @@ from bench.paper.experiment import COLOURS, Claim, panels, percent, save, table
 from bench.paper.setting import Setting
 
 TITLE = "Several domains at once: the 27 targets"
-QUESTIONS, DRAWN, PROMPTED, WIDE = 60, 40, 20, 30
+QUESTIONS, DRAWN, PROMPTED, WIDE = 40, 30, 12, 20
 RANGE = 2.0  # besides the paper's 1: vectors that hold back at -1 may be turned further
 # Trials of a study, and on every how-manieth target it is tried: a Gaussian process takes long to choose.
 TRIALS = {"tpe": (100, 1), "nsga2": (200, 1), "gp": (30, 9)}

@@ -18,7 +18,7 @@ from bench.paper.experiment import Claim, panels, percent, save, table
 from bench.paper.setting import Setting
 
 TITLE = "Transfer to a safety-tuned descendant"
-QUESTIONS, HARMFUL = 60, 100
+QUESTIONS, HARMFUL = 40, 60
 AT = (-1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0)
 
 
