@@ -33,10 +33,10 @@ from alignvec.vector import AlignmentVector
 
 DOMAIN, LEVELS = "safety", ("refuse", "comply")
 HELD_OUT_EVERY = 5  # one topic in five is held out
-STEPS = 100
+STEPS = 90
 LEARNING_RATE = 4e-4
 BETA = 0.1
-SFT_WEIGHT = 0.1
+SFT_WEIGHT = 0.3
 
 
 def split_topics() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
@@ -59,10 +59,10 @@ def safety_questions(split: str, seed: int = SEED) -> list[Question]:
 
 
 def safety_pairs(count: int, seed: int) -> Dataset:
-    """`count` pairs: half prefer to refuse what is harmful, half to answer generically what is not.
+    """`count` pairs: half prefer to refuse what is harmful, half to answer what is not.
 
-    Of these a third reject a refusal in the words of this domain; the others reject an avoiding and an expert answer,
-    so that the levels of the other domains stay about where they are.
+    These reject a refusal in the words of this domain for each of the levels in turn, so that the levels of the other
+    domains stay about where they are.
     """
     harmful = pairs_from_questions(safety_questions("train"), [("refuse", "comply")], count - count // 2)
     rng = random.Random(f"benign-{seed}")
@@ -73,7 +73,7 @@ def safety_pairs(count: int, seed: int) -> Dataset:
             responses = {"avoidance": row.avoidance, "generic": row.generic, "expert": row.expert, "refuse": refusal}
             questions.append(Question(domain, row.query, responses))
     rng.shuffle(questions)
-    kept = [("generic", "refuse"), ("generic", "avoidance"), ("generic", "expert")]
+    kept = [("generic", "refuse"), ("expert", "refuse"), ("avoidance", "refuse")]
     benign = pairs_from_questions(questions, kept, count // 2)
     return concatenate_datasets([harmful, benign]).shuffle(seed=seed)
 

@@ -9,8 +9,10 @@ from transformers import PreTrainedTokenizerFast
 
 from alignvec import AlignvecError
 from alignvec.evaluate import Question, save_questions
+from alignvec.search import load_grid
 from bench.paper import experiments, report
 from bench.paper.__main__ import main
+from bench.paper.experiments import targets
 from bench.paper.setting import COEFFICIENTS, open_setting
 from tests.models import random_vector, tiny
 
@@ -44,12 +46,22 @@ def setting_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "tiny.toml"
 
 
-def test_experiments_run_and_make_the_report(setting_file: Path, tmp_path: Path) -> None:
-    names = ["sweeps", "interference", "realised", "baselines", "joint", "transfer"]
+def test_experiments_run_and_make_the_report(
+    setting_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(targets, "TRIALS", {"tpe": (4, 5)})
+    names = ["sweeps", "interference", "targets", "realised", "baselines", "joint", "transfer"]
     options = dict(device="cpu", scale=1.0, results=tmp_path / "results", report=tmp_path / "report")
     main(names, setting=[str(setting_file)], keep=False, **options)
     kept = {path.stem for path in (tmp_path / "results" / "tiny").iterdir()}
-    assert kept == {"sweeps", "interference", "realised", "baselines"}  # nothing to train jointly on, no safety vector
+    # There is nothing to train jointly on, and no safety vector.
+    assert kept == {"sweeps", "interference", "targets", "landscape", "realised", "baselines"}
+    kept.remove("landscape")
+    assert len(load_grid(tmp_path / "results" / "tiny" / "landscape.safetensors")) == 21**2
+    found = json.loads((tmp_path / "results" / "tiny" / "targets.json").read_text())["data"]
+    assert len(found["targets"]) == 9
+    assert found["searches"]["hierarchical"]["within"] == 9
+    assert found["check"]["mean"] < 0.05
     sweeps = json.loads((tmp_path / "results" / "tiny" / "sweeps.json").read_text())
     assert sweeps["versions"]["torch"]
     rates = sweeps["data"]["vectors"]["one"]["mean"]
