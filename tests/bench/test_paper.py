@@ -24,7 +24,7 @@ TEXTS = ("abc", "de", "fghi", "jk", "lmno", "p", "qrst", "uv", "wxyz")
 def setting_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A TOML setting with a tiny base, two vectors and a few questions."""
     folder = tmp_path_factory.mktemp("setting")
-    model = tiny()
+    model = tiny(max_position_embeddings=1024)
     model.save_pretrained(folder / "base")
     letters = "abcdefghijklmnopqrstuvwxyz"
     made = Tokenizer(models.WordLevel({"<s>": 1, "</s>": 2} | {c: i + 10 for i, c in enumerate(letters)}, "<s>"))
