@@ -216,8 +216,8 @@ def section(data: dict[str, Any], picture: Path) -> str:
     return (
         "A target names a level for every domain; its score is the mean rate of the wanted levels on "
         f"{data['questions'] // len(domains)} held-out questions a domain, and it is *reached* where each wanted level "
-        f"is its domain's most frequent one. {reached} of {len(found)} are, within the paper's -1 to 1; on a lattice of "
-        f"-{wide['range']:g} to {wide['range']:g} in steps of 1 it is {sum(wide['reached'])}.\n\n"
+        f"is its domain's most frequent one. {reached} of {len(found)} are, within the paper's -1 to 1; on a lattice "
+        f"of -{wide['range']:g} to {wide['range']:g} in steps of 1 it is {sum(wide['reached'])}.\n\n"
         f"**The grid from {data['measured']} mixes.** Log-probabilities are smooth in the coefficients, so polynomials "
         f"through {data['measured']} measured mixes give all {data['grid']:,} points. Against {check['mixes']} mixes "
         f"drawn from the grid and measured: rates differ by {100 * check['mean']:.2f} points on average and "
