@@ -138,7 +138,7 @@ def claims(data: dict[str, Any]) -> list[Claim]:
     if trained is None:
         ours, held = "vectors gain nothing in their own domains", "not tested"
     else:
-        least = min(ratios, key=ratios.__getitem__)
+        least = min(ratios, key=lambda label: abs(ratios[label]))
         ours = f"other domains move {trained:.0%} as much as the own one; least, {least}: {ratios[least]:.0%}"
         held = "yes" if trained < 0.2 else "no"
     return [Claim("a vector acts on its own domain only", "over-generalisation noted, not measured", ours, held)]

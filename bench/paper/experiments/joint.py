@@ -105,7 +105,8 @@ def section(data: dict[str, Any], picture: Path) -> str:
     steps = data["runs"][0]["steps"]
     return (
         f"A joint run of {steps} steps (16 pairs each, as many as a shipped vector was trained with) prefers the "
-        "wanted level in every domain over the others. Compared with the best mix within -1 to 1, both measured.\n\n"
+        "wanted level in every domain over the others. Compared with the best mix within -1 to 1; both measured, on "
+        f"{data['questions']} and {data['evaluation_questions']} questions.\n\n"
         + table(["target", "joint training", "mix of vectors", "seconds of training"], rows)
         + f"\nOne run takes {cost['run']:.0f} s here, so {data['targets']} targets {cost['every'] / 60:.0f} minutes "
         f"(counted, not run). Vectors: {data['vectors']} such runs ({cost['train'] / 60:.1f} minutes) and "

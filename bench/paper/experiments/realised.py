@@ -85,8 +85,8 @@ def section(data: dict[str, Any], picture: Path) -> str:
         "Rates of a sweep in bfloat16 against float32's, in points: on average, at most, questions whose likeliest "
         "level is another, and nats a token.\n\n"
         + table(["vector", "form", "mean", "largest", "other choice", "nats"], rows, 2)
-        + "\nLargest error of the realised coefficient over the sweep, for the vector and for a hundredth of it: a "
-        "merge rounds small edits away, the operator does not.\n\n"
+        + "\nLargest error of the realised coefficient over the sweep, for the vector and for a hundredth of it, "
+        "whose edits are mostly smaller than a step of bfloat16.\n\n"
         + table(["vector", "size", "merged", "alignvec"], errors, 2)
         + "\n"
         + save(figure, picture)
@@ -104,7 +104,7 @@ def claims(data: dict[str, Any]) -> list[Claim]:
             rows = torch.tensor(points)
             errors = (rows[:, 1:] - rows[:, :1]).abs().amax(0).tolist()
             worst[label] = [max(pair) for pair in zip(worst[label], errors, strict=True)]
-    held = "yes" if worst["whole"][0] < 0.02 and moved < 0.05 else "no"
+    held = "yes" if worst["whole"][0] < 0.05 and moved < 0.1 else "no"
     if held == "yes" and worst["a hundredth"][0] > 0.1:
         held = "partly: not for small edits"
     return [

@@ -101,9 +101,8 @@ def _asymmetry(data: dict[str, Any]) -> str:
         )
     most, least = levels[-1], levels[0]
     return (
-        f"**Negative coefficients.** Points gained from 0 to +1 and from 0 to -1: the vector's own direction moves "
-        f"{most} much further than its reverse moves {least}. A vector trained towards one level, reversed, leaves "
-        "that level more readily than it reaches another.\n\n"
+        f"**Negative coefficients.** Points that {most} and {least} gain from 0 to +1, the direction that a vector was "
+        "trained in, and from 0 to -1, its reverse.\n\n"
         + table(["vector", f"{most}, 0 to 1", f"{least}, 0 to -1", f"{least}, 0 to 1", f"{most}, 0 to -1"], rows)
     )
 
