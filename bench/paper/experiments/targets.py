@@ -275,7 +275,7 @@ def _draw(data: dict[str, Any], exact: Tensor) -> Any:
     for (label, found), colour in zip(data["prompting"].items(), ("tab:red", "tab:orange"), strict=False):
         left.plot(at, torch.tensor(found["scores"])[order], "x", color=colour, label=f"prompting, {label}")
     left.set(xlabel="targets, by the score of their best mix", ylabel="score", ylim=(0, 1.02))
-    left.legend(frameon=False)
+    left.legend(fontsize=7, loc="upper right")
     shown = [(label, found) for label, found in data["searches"].items() if found["traces"]]
     for (label, found), colour in zip(shown, COLOURS, strict=False):
         trace = found["traces"][0]
