@@ -12,7 +12,7 @@ from alignvec.evaluate import Question, save_questions
 from alignvec.search import load_grid
 from bench.paper import experiments, report
 from bench.paper.__main__ import main
-from bench.paper.experiments import targets
+from bench.paper.experiments import joint, targets
 from bench.paper.setting import COEFFICIENTS, open_setting
 from tests.models import random_vector, tiny
 
@@ -30,6 +30,7 @@ def setting_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = Tokenizer(models.WordLevel({"<s>": 1, "</s>": 2} | {c: i + 10 for i, c in enumerate(letters)}, "<s>"))
     made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     fast = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    fast.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     fast.save_pretrained(folder / "base")
     questions = [
         Question(domain, TEXTS[i], {level: TEXTS[i + 1 + j] for j, level in enumerate(LEVELS)})
@@ -50,12 +51,13 @@ def test_experiments_run_and_make_the_report(
     setting_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(targets, "TRIALS", {"tpe": (4, 5)})
+    monkeypatch.setattr(joint, "STEPS", 2)
     names = ["sweeps", "interference", "targets", "realised", "baselines", "joint", "transfer"]
     options = dict(device="cpu", scale=1.0, results=tmp_path / "results", report=tmp_path / "report")
     main(names, setting=[str(setting_file)], keep=False, **options)
     kept = {path.stem for path in (tmp_path / "results" / "tiny").iterdir()}
-    # There is nothing to train jointly on, and no safety vector.
-    assert kept == {"sweeps", "interference", "targets", "landscape", "realised", "baselines"}
+    # There is no safety vector to transfer with.
+    assert kept == {"sweeps", "interference", "targets", "landscape", "joint", "realised", "baselines"}
     kept.remove("landscape")
     assert len(load_grid(tmp_path / "results" / "tiny" / "landscape.safetensors")) == 21**2
     found = json.loads((tmp_path / "results" / "tiny" / "targets.json").read_text())["data"]
