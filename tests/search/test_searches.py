@@ -56,7 +56,8 @@ def test_hierarchical_comes_within_two_points_of_the_grid_on_every_target(measur
         count = evaluations_to_reach(found, result.score)
         assert count is not None, f"{found.target}: {found.score} of {result.score}"
         assert count <= found.evaluations < 150
-        assert found.score == max(found.trace) == pytest.approx(float(found.target.score(found.rates)))
+        assert found.score == pytest.approx(max(found.trace))
+        assert found.score == pytest.approx(float(found.target.score(found.rates)))
         assert torch.equal(landscape.rates([found.mix])[0], found.rates)
     assert sum(found.evaluations for found in alone) / len(alone) < 100
     assert together.evaluations < 1500
