@@ -19,6 +19,7 @@ if not torch.cuda.is_available():
 
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    os.environ.pop("COLUMNS", None)  # a worker is told its terminal's width, which the console would keep
 
 
 @pytest.fixture(autouse=True)

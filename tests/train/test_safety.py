@@ -30,14 +30,16 @@ def test_splits_share_no_topic_and_no_request() -> None:
     assert not {q.query for q in requests["train"]} & {q.query for q in requests["test"]}
 
 
-def test_half_of_the_pairs_keep_generic_answers() -> None:
+def test_half_of_the_pairs_keep_the_levels() -> None:
     pairs = safety_pairs(60, 1)
     queries = {question.query for question in safety_questions("train")}
     harmful = [pair for pair in pairs if pair["prompt"][0]["content"] in queries]
     assert (len(pairs), len(harmful)) == (60, 30)
-    generic = {row.generic for domain in ("medical", "legal", "financial") for row in make_rows(domain, "train")[:20]}
+    rows = [row for domain in ("medical", "legal", "financial") for row in make_rows(domain, "train")[:20]]
+    stored = [{getattr(row, level) for row in rows} for level in ("avoidance", "generic", "expert")]
     benign = {pair["chosen"][0]["content"] for pair in pairs} - {pair["chosen"][0]["content"] for pair in harmful}
-    assert benign <= generic
+    assert benign <= set().union(*stored)
+    assert all(benign & level for level in stored)
 
 
 def test_joint_pairs_prefer_the_target_in_every_domain() -> None:
