@@ -53,7 +53,7 @@ def _head(found: dict[str, list[Entry]]) -> str:
         "# The paper's experiments, re-run\n\n"
         'arXiv 2410.19206 ("Alignment Vectors", MEAV) at the scale of the shipped models, and what its reviewers '
         "asked for. Made by `python -m bench.paper` (`make paper-small`) from the data in bench/paper/results.\n\n"
-        f"Settings: {settings}. All experiments together: {minutes:.0f} minutes.\n\n"
+        f"Settings: {settings}. The runs' times, beside other work or not, add up to {minutes:.0f} minutes.\n\n"
         "The paper's models have 7 billion parameters, its questions come from people; ours have a few million, "
         "and questions made from tables (alignvec/recipes/models). What fails here may hold there, and the reverse.\n"
     )

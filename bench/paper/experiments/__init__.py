@@ -20,7 +20,7 @@ NAMES = (
     "generation",
 )
 # What a second model is run through, unless experiments are named.
-SHORT = {"qwen3-2m": ("sweeps", "interference", "targets", "formats")}
+SHORT = {"qwen3-2m": ("sweeps", "interference")}
 
 
 def chosen(names: Sequence[str]) -> tuple[str, ...]:
