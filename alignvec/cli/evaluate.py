@@ -143,6 +143,7 @@ def evaluate(
 
 def _questions(file: Path | None, shipped: bool, count: int | None) -> list[Question]:
     from alignvec.evaluate import load_questions
+    from alignvec.evaluate.questions import first_of_each
 
     if shipped == (file is not None):
         raise AlignvecError("give a file of questions or --shipped, one of the two")
@@ -152,12 +153,7 @@ def _questions(file: Path | None, shipped: bool, count: int | None) -> list[Ques
         from alignvec.recipes.dataset import QUERIES, make_rows
 
         questions = [row.question() for domain in QUERIES for row in make_rows(domain, "test")]
-    if count is None:
-        return questions
-    kept: dict[str, list[Question]] = {}
-    for question in questions:
-        kept.setdefault(question.domain, []).append(question)
-    return [question for members in kept.values() for question in members[:count]]
+    return first_of_each(questions, count)
 
 
 def _judge(text: str, model: str | None, questions: list[Question], output: Path | None) -> Any:

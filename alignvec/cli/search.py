@@ -56,14 +56,14 @@ def search(
     """
     import alignvec.search as searching
     from alignvec.evaluate import load_questions
-    from alignvec.evaluate.questions import domains_of, levels_of
+    from alignvec.evaluate.questions import domains_of, first_of_each, levels_of
     from alignvec.planner import check_choice
     from alignvec.writer import replaced, write_json
 
     check_choice("--method", method, METHODS)
     if not base.is_dir():
         raise AlignvecError(f"{base} is no folder with a model")
-    asked = _first(load_questions(questions), count)
+    asked = first_of_each(load_questions(questions), count)
     domains, levels, constraints = domains_of(asked), levels_of(asked), constraint or []
     if target == "all":
         targets = searching.all_targets(domains, levels, constraints)
@@ -111,17 +111,6 @@ def search(
         else:
             plot_convergence({str(result.target): result for result in results}, plot)
         console.print(f"drawn in {plot}")
-
-
-def _first(questions: list[Question], count: int | None) -> list[Question]:
-    """The first questions of each domain."""
-    seen: dict[str, int] = {}
-    chosen = []
-    for question in questions:
-        seen[question.domain] = seen.get(question.domain, 0) + 1
-        if count is None or seen[question.domain] <= count:
-            chosen.append(question)
-    return chosen
 
 
 def _evaluator(

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from alignvec.alignment import Alignment
 from alignvec.errors import AlignvecError
-from alignvec.evaluate.questions import Question
+from alignvec.evaluate.questions import Question, members_of
 from alignvec.evaluate.scores import Scores
 
 BATCH = 64  # sequences that are decoded together
@@ -70,9 +70,7 @@ class Generated:
 
     def _by_domain(self, values: Tensor) -> Tensor:
         """Means over each domain's questions of [mixes, questions, n]."""
-        names = dict.fromkeys(self.domains)
-        members = [torch.tensor([i for i, domain in enumerate(self.domains) if domain == name]) for name in names]
-        return torch.stack([values[:, own].mean(1) for own in members], dim=1)
+        return torch.stack([values[:, own].mean(1) for own in members_of(self.domains)], dim=1)
 
 
 def generation_rates(

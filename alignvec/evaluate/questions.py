@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from alignvec.errors import AlignvecError
 from alignvec.writer import replaced
@@ -26,12 +30,7 @@ def load_questions(path: str | Path) -> list[Question]:
     Raises AlignvecError for a missing or empty file, a line that is no such object, an empty text, or questions with
     different levels; the message names the line.
     """
-    file = Path(path)
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise AlignvecError(f"{file} cannot be read as questions: {error}") from None
-    questions = [_question(f"{file}, line {i}", line) for i, line in enumerate(lines, 1) if line.strip()]
+    questions = [_question(place, line) for place, line in numbered_lines(path, "questions")]
     levels_of(questions)
     return questions
 
@@ -40,6 +39,34 @@ def save_questions(path: str | Path, questions: Sequence[Question]) -> None:
     """Write questions as JSON lines; the file appears whole or not at all."""
     with replaced(Path(path)) as file:
         file.write_text("".join(json.dumps(asdict(q), ensure_ascii=False) + "\n" for q in questions), encoding="utf-8")
+
+
+def numbered_lines(path: str | Path, what: str) -> list[tuple[str, str]]:
+    """The lines of a text file that are not blank, each with its place, "FILE, line N", for messages.
+
+    Raises AlignvecError for a file that cannot be read as ``what``.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise AlignvecError(f"{Path(path)} cannot be read as {what}: {error}") from None
+    return [(f"{Path(path)}, line {i}", line) for i, line in enumerate(lines, 1) if line.strip()]
+
+
+def first_of_each(questions: Iterable[Question], count: int | None) -> list[Question]:
+    """The first ``count`` questions of each domain, in their order; None: all of them."""
+    seen: Counter[str] = Counter()
+    chosen = []
+    for question in questions:
+        seen[question.domain] += 1
+        if count is None or seen[question.domain] <= count:
+            chosen.append(question)
+    return chosen
+
+
+def members_of(domains: Sequence[str]) -> list[Tensor]:
+    """Indices of each domain's questions, from the domain of every question; domains in order of appearance."""
+    return [torch.tensor([i for i, domain in enumerate(domains) if domain == name]) for name in dict.fromkeys(domains)]
 
 
 def levels_of(questions: Sequence[Question]) -> tuple[str, ...]:

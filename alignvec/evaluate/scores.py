@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from alignvec.errors import AlignvecError
+from alignvec.evaluate.questions import members_of
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Scores:
             raise AlignvecError(f"confidence must lie between 0 and 1, not {confidence}, and samples be at least 1")
         generator = torch.Generator().manual_seed(seed)
         weights = torch.zeros(samples, len(self.domains), dtype=torch.float64)
-        for members in self._members():
+        for members in members_of(self.domains):
             drawn = members[torch.randint(len(members), (samples, len(members)), generator=generator)]
             weights.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
         shares = self._shares(self._hits(by), weights)
@@ -58,14 +59,10 @@ class Scores:
     def _hits(self, by: str) -> Tensor:
         return torch.nn.functional.one_hot(self.choices(by), len(self.levels)).double()
 
-    def _members(self) -> list[Tensor]:
-        names = dict.fromkeys(self.domains)
-        return [torch.tensor([i for i, domain in enumerate(self.domains) if domain == name]) for name in names]
-
     def _shares(self, hits: Tensor, weights: Tensor) -> Tensor:
         """Weighted shares by domain, [mixes, samples, domains, levels], of hits [mixes, questions, levels]."""
         shares = [
             torch.einsum("sq,mql->msl", weights[:, members] / len(members), hits[:, members])
-            for members in self._members()
+            for members in members_of(self.domains)
         ]
         return torch.stack(shares, dim=2)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from alignvec import formats
 from alignvec.description import STEM, Error
 from alignvec.errors import AlignvecError
-from alignvec.evaluate.questions import Question, load_questions
+from alignvec.evaluate.questions import Question, load_questions, numbered_lines
 from alignvec.fingerprint import summary
 from alignvec.formats import Encoded
 from alignvec.formats.spec import matrix
@@ -116,21 +116,17 @@ def divergence(wanted: Tensor, found: Tensor) -> Tensor:
 
 def load_calibration(path: str | Path) -> list[str | Question]:
     """Read texts, `{"text": "..."}` a line, or questions. AlignvecError, naming the line, for anything else."""
-    file = Path(path)
-    try:
-        lines = [(i, line) for i, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1) if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise AlignvecError(f"{file} cannot be read as calibration texts: {error}") from None
+    lines = numbered_lines(path, "calibration texts")
     if lines and '"query"' in lines[0][1]:
-        return list(load_questions(file))
+        return list(load_questions(path))
     texts: list[str | Question] = []
-    for i, line in lines:
+    for place, line in lines:
         try:
             text = json.loads(line)["text"]
         except (ValueError, KeyError, TypeError):
             text = None
         if not isinstance(text, str) or not text.strip():
-            raise AlignvecError(f'{file}, line {i}: expected {{"text": "..."}}, or a question in every line')
+            raise AlignvecError(f'{place}: expected {{"text": "..."}}, or a question in every line')
         texts.append(text)
     return texts
 

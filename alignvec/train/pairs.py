@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignvec.errors import AlignvecError
-from alignvec.evaluate.questions import Question, levels_of
+from alignvec.evaluate.questions import Question, levels_of, numbered_lines
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,11 +30,7 @@ def load_pairs(path: str | Path) -> Dataset:
     Raises AlignvecError, naming the line, for anything else, and for a pair whose chosen and rejected are the same.
     """
     file = Path(path)
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise AlignvecError(f"{file} cannot be read as preference pairs: {error}") from None
-    pairs = [_pair(f"{file}, line {i}", line) for i, line in enumerate(lines, 1) if line.strip()]
+    pairs = [_pair(place, line) for place, line in numbered_lines(file, "preference pairs")]
     if not pairs:
         raise AlignvecError(f"{file} holds no preference pairs: give at least one line")
     if len({is_conversation(pair) for pair in pairs}) > 1:
