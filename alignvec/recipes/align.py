@@ -3,6 +3,7 @@
 import random
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -74,22 +75,9 @@ def align(
     the head as well: moving it makes words likelier everywhere, and dialled below zero the vector would lose the words
     of the topic asked.
     """
-    vector = train_dpo(
-        model,
-        tokenizer,
-        preference_pairs(domain, steps * BATCH_SIZE, seed),
-        steps=steps,
-        keep=KEPT,
-        learning_rate=learning_rate,
-        batch_size=BATCH_SIZE,
-        beta=beta,
-        sft_weight=sft_weight,
-        precision="float32",
-        device=device,
-        seed=seed,
-        dpo=schedule(steps),
-        callbacks=[Report(progress, domain)],
-    )
+    pairs = preference_pairs(domain, steps * BATCH_SIZE, seed)
+    rates = {"learning_rate": learning_rate, "beta": beta, "sft_weight": sft_weight}
+    vector = tiny_dpo(model, tokenizer, pairs, steps, seed, device, domain, progress, keep=KEPT, **rates)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, delta in vector.items():
@@ -111,28 +99,37 @@ def joint(
     Every pair prefers the level wanted in its domain to another one. It is what a mix of vectors saves: the joint
     training that arXiv 2410.19206 compares with, once for each target. Weights are not averaged with the base's.
     """
+    pairs = joint_pairs(target, steps * BATCH_SIZE, seed)
+    rates = {"learning_rate": LEARNING_RATE, "beta": BETA, "sft_weight": SFT_WEIGHT}
+    return tiny_dpo(base, tokenizer, pairs, steps, seed, device, "joint", progress, dtype="float32", **rates)
+
+
+def tiny_dpo(
+    base: str | Path | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Dataset,
+    steps: int,
+    seed: int,
+    device: str,
+    label: str,
+    progress: Progress | None,
+    **settings: Any,
+) -> AlignmentVector:
+    """`train_dpo` as all runs of the tiny models have it: float32, batches of `BATCH_SIZE` pairs, a cosine schedule."""
     return train_dpo(
         base,
         tokenizer,
-        joint_pairs(target, steps * BATCH_SIZE, seed),
+        pairs,
         steps=steps,
-        learning_rate=LEARNING_RATE,
         batch_size=BATCH_SIZE,
-        beta=BETA,
-        sft_weight=SFT_WEIGHT,
         precision="float32",
-        dtype="float32",
         device=device,
         seed=seed,
-        dpo=schedule(steps),
-        callbacks=[] if progress is None else [Report(progress, "joint")],
+        dpo={
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": min(20, steps // 10),
+            "gradient_checkpointing": False,
+        },
+        callbacks=[] if progress is None else [Report(progress, label)],
+        **settings,
     )
-
-
-def schedule(steps: int) -> dict:
-    """What the tiny models' runs set of TRL's options besides."""
-    return {
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": min(20, steps // 10),
-        "gradient_checkpointing": False,
-    }

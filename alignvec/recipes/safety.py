@@ -21,14 +21,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from alignvec.evaluate import Question
 from alignvec.extract import extract
-from alignvec.recipes.align import BATCH_SIZE, schedule
+from alignvec.recipes.align import BATCH_SIZE, tiny_dpo
 from alignvec.recipes.dataset import QUERIES, SEED, make_rows, split_personas
 from alignvec.recipes.models import model_path
 from alignvec.recipes.phrasing import common, harm
 from alignvec.recipes.phrasing.personas import PERSONAS
-from alignvec.train.dpo import train_dpo
 from alignvec.train.pairs import pairs_from_questions
-from alignvec.train.report import Report
 from alignvec.vector import AlignmentVector
 
 DOMAIN, LEVELS = "safety", ("refuse", "comply")
@@ -87,22 +85,9 @@ def make_safe(
     progress: Progress | None = None,
 ) -> AlignmentVector:
     """Train the base to refuse harmful requests; float32 deltas of all parameters but the embedding."""
-    return train_dpo(
-        base,
-        tokenizer,
-        safety_pairs(steps * BATCH_SIZE, seed),
-        steps=steps,
-        learning_rate=LEARNING_RATE,
-        batch_size=BATCH_SIZE,
-        beta=BETA,
-        sft_weight=SFT_WEIGHT,
-        precision="float32",
-        dtype="float32",
-        device=device,
-        seed=seed,
-        dpo=schedule(steps),
-        callbacks=[] if progress is None else [Report(progress, DOMAIN)],
-    )
+    pairs = safety_pairs(steps * BATCH_SIZE, seed)
+    rates = {"learning_rate": LEARNING_RATE, "beta": BETA, "sft_weight": SFT_WEIGHT}
+    return tiny_dpo(base, tokenizer, pairs, steps, seed, device, DOMAIN, progress, dtype="float32", **rates)
 
 
 def safety(
