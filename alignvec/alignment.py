@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
-from alignvec import ops
 from alignvec.coefficients import Coefficients
 from alignvec.errors import AlignvecError
 from alignvec.materialised import Buffers, Edited, Materialised
-from alignvec.modules import Aligned
+from alignvec.pickling import NotPickled
+from alignvec.rowcheck import RowCheck
+from alignvec.stephooks import StepHooks
+from alignvec.swaps import Swap, Swaps
 
 if TYPE_CHECKING:
     from alignvec.decoding import Decoder
@@ -22,27 +23,12 @@ if TYPE_CHECKING:
 Mix = Mapping[str, float]
 
 
-@dataclass
-class Swap:
-    """One module of the model and the view that stands in for it, at every place that holds it."""
-
-    original: nn.Module
-    aligned: Aligned
-    places: list[tuple[nn.Module, str]] = field(default_factory=list)
-
-    def put(self, module: nn.Module) -> None:
-        other = self.original if module is self.aligned else self.aligned
-        module.training = other.training
-        for parent, name in self.places:
-            parent._modules[name] = module
-
-
-class Alignment:
+class Alignment(NotPickled):
     """The vectors attached to `model` by `alignvec.attach`, and their live coefficients.
 
     A model begins with every coefficient 0: it answers as the base. `set` and `set_rows` take effect with the next
-    step (forward pass); a step under way keeps the mix it began with, whichever thread writes. Keys and values already
-    in a cache stay as they were written.
+    step: the next call of the model, of a model inside of it, or of an edited module by itself. A step under way keeps
+    the mix it began with, whichever thread writes. Keys and values already in a cache stay as they were written.
     """
 
     def __init__(
@@ -51,7 +37,8 @@ class Alignment:
         self.model = model
         self._backend = backend
         self._coefficients = coefficients
-        self._swaps = list(swaps)
+        self._swaps = Swaps(model, swaps)
+        self._tried: str | None = None  # what a trial of rows said, once there was one; empty where they are good
         self._materialised: Materialised | None = None
         self._buffers: Buffers = {}
         self._attached = False
@@ -112,9 +99,12 @@ class Alignment:
         With R mixes a batch of B sequences must be a multiple of R, and sequence b takes mix `b * R // B`: beams and
         `num_return_sequences` follow the prompt that they belong to.
 
+        The first time that rows differ, the model is tried on a few tokens: two rows together against each alone.
+
         Raises:
-            AlignvecError: no mixes, more than the table's `max_rows`, an unknown name or a coefficient that is not
-                finite; nothing is changed then. A batch that is no multiple of R is refused when it arrives.
+            AlignvecError: no mixes, more than the table's `max_rows`, an unknown name, a coefficient that is not finite,
+                or rows that differ on a model that cannot have that; nothing is changed then. A batch that is no multiple
+                of R, and a module that it is not known of which row its inputs are, are refused when they arrive.
         """
         self._check_live()
         self._coefficients.write([self._coefficients.mix(mix) for mix in mixes])
@@ -133,6 +123,9 @@ class Alignment:
     def detach(self) -> None:
         """Put the original modules back: the model is bit for bit what it was before `attach`.
 
+        What was added to the model since then (adapters, hooks, modules) stays. A module that took the place of one of
+        ours stays, too, and a warning names it.
+
         Raises:
             AlignvecError: already detached.
         """
@@ -140,11 +133,11 @@ class Alignment:
             raise AlignvecError("this alignment is already detached; attach the vectors again to use it")
         if self._materialised is not None:
             self.restore()
-        for swap in self._swaps:
-            swap.put(swap.original)
+        if lost := self._swaps.put_originals():
+            warnings.warn(f"{', '.join(lost)} were replaced after attach and stay as they are", stacklevel=2)
         self._swaps.clear()  # frees the deltas
         self._buffers.clear()
-        self._hook.remove()
+        self._hooks.remove()
         del self.model.alignment
         self._attached = False
 
@@ -183,6 +176,7 @@ class Alignment:
         wanted = self._coefficients.mix({**(mix or {}), **coefficients}) if mix or coefficients else None
         if wanted is None and self._coefficients.rows > 1:
             raise AlignvecError("materialise needs one mix for all rows; call set() with it first")
+        self._swaps.require_in_place()
         edited = list(self._edited())
         for module, name, _, _ in edited:
             if module._parameters[name].device.type == "meta":  # type: ignore[union-attr]
@@ -192,8 +186,7 @@ class Alignment:
         if self._materialised is None:
             self._changes += 1
             self._materialised = Materialised(self._backend, keep, self._buffers)
-            for swap in self._swaps:
-                swap.put(swap.original)
+            self._swaps.put_originals()
         try:
             realised = self._materialised.write(edited, self._coefficients.mixes[0], measure)
         except BaseException:
@@ -212,8 +205,7 @@ class Alignment:
         self._changes += 1
         self._materialised.undo()
         self._materialised = None
-        for swap in self._swaps:
-            swap.put(swap.aligned)
+        self._swaps.put_views()
 
     def decoder(self, **options: Any) -> Decoder:
         """`alignvec.Decoder` of the model: rows that decode side by side, each under its own mix."""
@@ -234,32 +226,24 @@ class Alignment:
                     yield swap.original, name, deltas, edit.columns
 
     def _attach(self) -> None:
-        for swap in self._swaps:
-            swap.put(swap.aligned)
-        # The innermost model that sees whole batches: a step may begin there (a backbone called for its hidden states).
-        backbone = getattr(self.model, "base_model", self.model)
-        self._hook = backbone.register_forward_pre_hook(self._begin_step, with_kwargs=True)
+        self._swaps.put_views()
+        self._hooks = StepHooks(self.model, self._coefficients, self._swaps)
+        self._coefficients.before_rows = self._try_rows
         self.model.alignment = self  # type: ignore[assignment]
         self._attached = True
 
-    def _begin_step(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._materialised is not None:
-            return
-        inputs = kwargs.get("input_ids", args[0] if args else None)
-        inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
-        self._coefficients.batch = None if inputs is None else inputs.shape[0]
-        if torch.compiler.is_compiling():
-            for device in self._coefficients.devices:
-                staged, live = self._coefficients.staged(device), self._coefficients.live(device)
-                ops.publish(staged.table, staged.rows, live.table, live.rows)
-            return
-        self._coefficients.publish()
-        rows = self._coefficients.live_rows
-        if inputs is not None and inputs.shape[0] % rows:
-            raise AlignvecError(
-                f"a batch of {inputs.shape[0]} does not divide over the {rows} rows of coefficients; "
-                "call set_rows with one mix per sequence, or set() for one mix for all"
-            )
+    def _try_rows(self) -> None:
+        """Find out, once, whether the model can give rows different coefficients."""
+        if self._tried is None:
+            self._swaps.require_in_place()
+            edits = [swap.aligned.edit for swap in self._swaps]
+            try:
+                RowCheck(self.model, self._coefficients, edits, self._swaps.run_by_row).run()
+                self._tried = ""
+            except AlignvecError as refusal:
+                self._tried = str(refusal)
+        if self._tried:
+            raise AlignvecError(self._tried)
 
     def _check_attached(self) -> None:
         if not self._attached:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from alignvec import planner, prepack
-from alignvec.alignment import Alignment, Swap
+from alignvec.alignment import Alignment
 from alignvec.coefficients import Coefficients
 from alignvec.edit import Deltas, Edit
 from alignvec.errors import AlignvecError
@@ -19,6 +19,7 @@ from alignvec.fused import fuse as fuse_siblings
 from alignvec.kernels.operands import MAX_VECTORS, Operand, dense
 from alignvec.modules import AlignedLinear, view
 from alignvec.names import Delta, live_deltas, parameter_names, parameter_value
+from alignvec.swaps import Swap
 from alignvec.vector import AlignmentVector
 from alignvec.verify import verify_base
 
@@ -79,7 +80,7 @@ def attach(
         walk = _Walk(model, names, deltas, max_rows, tuple(loaded), (execution, precision, backend))
         swaps = walk.swaps()
         if fuse or (fuse is None and planner.resolve_backend(walk.device.type, backend) in planner.GROUPED):
-            _fuse(swaps)
+            _fuse(model, swaps)
         return Alignment(model, walk.coefficients, swaps, backend)
 
 
@@ -103,15 +104,11 @@ class _Walk:
 
     def swaps(self) -> list[Swap]:
         """One swap for each module that owns an edited parameter; the model itself is not touched."""
-        places: dict[nn.Module, list[tuple[nn.Module, str]]] = defaultdict(list)
         paths: dict[nn.Module, str] = {}
-        for path, parent in self.model.named_modules():
-            for name, child in parent._modules.items():
-                if child is not None:
-                    places[child].append((parent, name))
-                    paths.setdefault(child, f"{path}.{name}" if path else name)
+        for path, module in self.model.named_modules():
+            paths.setdefault(module, path)
         return [
-            Swap(module, view(module, edit), places[module])
+            Swap(module, view(module, edit))
             for module, path in paths.items()
             if (edit := self._edit(module, path)) is not None
         ]
@@ -124,8 +121,13 @@ class _Walk:
             return None
         columns = tuple(i for i, deltas in enumerate(self.deltas) if any(full in deltas for full in edited.values()))
         device = execution_device(module)
+        if "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):
+            raise AlignvecError(
+                f"{path} has a forward that was put on the object (a patched kernel?), which would go past the vectors; "
+                "attach to the model as it was loaded"
+            )
         made = {name: self._deltas(module, name, full, columns, device) for name, full in edited.items()}
-        return Edit(self.coefficients, columns, made, self.choices, device)
+        return Edit(self.coefficients, columns, made, self.choices, device, path)
 
     def _deltas(
         self, module: nn.Module, name: str, full: str, columns: tuple[int, ...], device: torch.device
@@ -150,13 +152,19 @@ class _Walk:
         return self._made[key]
 
 
-def _fuse(swaps: Sequence[Swap]) -> None:
+def _fuse(model: nn.Module, swaps: Sequence[Swap]) -> None:
+    views = {swap.original: swap.aligned for swap in swaps}
+    places: dict[nn.Module, list[tuple[nn.Module, str]]] = defaultdict(list)
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is not None:
+                places[child].append((parent, name))
     children: dict[nn.Module, dict[str, AlignedLinear]] = defaultdict(dict)
-    for swap in swaps:
-        own_forward = type(swap.aligned).forward is AlignedLinear.forward
-        if isinstance(swap.aligned, AlignedLinear) and own_forward and len(swap.places) == 1:
-            ((parent, name),) = swap.places
-            children[parent][name] = swap.aligned
+    for module, aligned in views.items():
+        own_forward = type(aligned).forward is AlignedLinear.forward
+        if isinstance(aligned, AlignedLinear) and own_forward and len(places[module]) == 1:
+            ((parent, name),) = places[module]
+            children[parent][name] = aligned
     for named in children.values():
         fuse_siblings(named)
 

@@ -6,14 +6,20 @@ import contextlib
 import copy
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from alignvec.errors import AlignvecError
+from alignvec.pickling import NotPickled
+from alignvec.steps import Place, Step, Values
 
 # One lock for all tables: it is held for the copy of a few kilobytes, and a plain module global survives deepcopy.
 publish_lock = threading.Lock()
+_steps_ended = threading.Condition(publish_lock)
+PATIENCE = 60.0  # seconds that a decoder waits for another thread's forward pass
 
 
 class Table:
@@ -73,11 +79,23 @@ class Table:
         self._used.record(stream)
 
 
-class Coefficients:
+class _Thread(threading.local):
+    """What differs by thread: its step, and of the call that torch.compile traces how deep in steps it is, its
+    sequences, and the row that is alone."""
+
+    def __init__(self) -> None:
+        self.step: Step | None = None
+        self.traced_depth = 0
+        self.traced_batch: int | None = None
+        self.traced_row: int | None = None
+
+
+class Coefficients(NotPickled):
     """Coefficients of `names` for up to `max_rows` rows, staged by the host and published to the devices once a step.
 
-    A write goes to the *staged* tables. Each step of the model begins by copying staged to *live*, and its kernels read
-    only live: a step that is under way keeps the mix it began with, whatever other threads write meanwhile.
+    A write goes to the *staged* tables. Each step begins by copying staged to *live*, and its kernels read only live.
+    While a step reads the live tables nothing else writes to them: a step of another thread under other mixes, and a
+    step whose gradients may be asked for later, have tables of their own.
 
     Row rule: a batch of B sequences over R rows of coefficients gives sequence b row `b * R // B`. One row serves
     everyone, B rows serve one each, and beams or `num_return_sequences`, which repeat each sequence in place, follow.
@@ -86,26 +104,53 @@ class Coefficients:
     def __init__(self, names: Sequence[str], max_rows: int, device: torch.device) -> None:
         self.names = tuple(names)
         self.max_rows = max_rows
-        self.mixes: list[tuple[float, ...]] = [(0.0,) * len(self.names)]
-        # Of the step under way: its sequences, and the rows of the live table.
-        self.batch: int | None = None
-        self.live_rows = 1
+        self.mixes: list[Values] = [(0.0,) * len(self.names)]
+        # Called before rows first differ; it raises AlignvecError where the model cannot have that.
+        self.before_rows: Callable[[], None] | None = None
+        self._rows: tuple[Values, ...] = tuple(self.mixes)  # what is staged: one row where all are alike
         self._host = torch.zeros(max_rows, len(self.names), device="cpu")
         self._column = {name: i for i, name in enumerate(self.names)}
         self._staged: dict[torch.device, Table] = {}
         self._live: dict[torch.device, Table] = {}
+        self._ones: dict[torch.device, Tensor] = {}
         self._version = 0
         self._published: dict[torch.device, object] = {}  # a version, or the rows that were lent
-        self._lent = False
+        self._settle()
         self.live(device)
+
+    def _settle(self) -> None:
+        """State of threads, which a copy begins without."""
+        self.thread = _Thread()
+        self._reading = 0  # open steps that read the live tables
+        self._backward: dict[int, list[Step]] = {}  # steps whose gradients are being computed, by autograd's graph task
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Coefficients:
+        twin: Coefficients = super().__deepcopy__(memo, leave_out=("thread", "_backward"))
+        twin._settle()
+        return twin
 
     @property
     def rows(self) -> int:
-        """Rows of coefficients in use: 1 when every sequence shares a mix."""
-        return len(self.mixes)
+        """Rows of coefficients that are staged: 1 where every sequence shares a mix."""
+        return len(self._rows)
+
+    @property
+    def step(self) -> Step | None:
+        """The step that this thread is in."""
+        return self.thread.step
+
+    @property
+    def one_mix(self) -> bool:
+        """Whether all rows of the step share a mix, also when a captured graph is replayed."""
+        return self.step is not None and self.step.rows == 1 and not self.capturing
+
+    @property
+    def capturing(self) -> bool:
+        """Whether a CUDA graph is being captured: its replays will read other coefficients."""
+        return any(_capturing(device) for device in self._live)
 
     def live(self, device: torch.device) -> Table:
-        """The table that kernels on `device` read; made on first use."""
+        """The table that captured and compiled steps on `device` read; made on first use."""
         if device not in self._live:
             with publish_lock:
                 self._staged[device] = Table(self.max_rows, len(self.names), device)
@@ -120,11 +165,18 @@ class Coefficients:
         self.live(device)
         return self._staged[device]
 
+    def one(self, device: torch.device) -> Tensor:
+        """The number of rows, int32 [1], of a step with one row."""
+        if device not in self._ones:
+            with torch.inference_mode(False):
+                self._ones[device] = torch.ones(1, dtype=torch.int32, device=device)
+        return self._ones[device]
+
     @property
     def devices(self) -> tuple[torch.device, ...]:
         return tuple(self._live)
 
-    def mix(self, values: Mapping[str, float]) -> tuple[float, ...]:
+    def mix(self, values: Mapping[str, float]) -> Values:
         """Values by name as one row of the table; names left out are 0."""
         row = [0.0] * len(self.names)
         for name, value in values.items():
@@ -140,62 +192,176 @@ class Coefficients:
                 raise AlignvecError(f"the coefficient of {name!r} is {value}; it must be finite")
         return tuple(row)
 
-    def write(self, mixes: Sequence[tuple[float, ...]]) -> None:
+    def write(self, mixes: Sequence[Values]) -> None:
         """Stage one mix per row; the next step uses them. All devices, no synchronisation.
 
         Raises:
-            AlignvecError: no rows, or more than `max_rows`.
+            AlignvecError: no rows, more than `max_rows`, or rows that differ on a model that cannot have them.
         """
         if not 1 <= len(mixes) <= self.max_rows:
             raise AlignvecError(
                 f"{len(mixes)} rows of coefficients do not fit a table of 1 to {self.max_rows}; "
                 f"attach with max_rows={len(mixes)} or more"
             )
+        rows = _distinct(mixes)
+        if len(rows) > 1:
+            self._prove_rows()
+        self.end_abandoned()
         with publish_lock:
-            self.mixes = list(mixes)
-            self._host.numpy()[: len(mixes)] = mixes
+            self.mixes, self._rows = list(mixes), rows
+            self._host.numpy()[: len(rows)] = rows
             self._version += 1
             for device in self._staged:
                 self._stage(device)
 
-    def publish(self) -> None:
-        """Copy staged to live where something was written since; the first act of every step.
+    def begin(self, batch: int | None) -> Step:
+        """A step under what is staged; `end` has to follow. While a CUDA graph is captured staged is copied to live in
+        any case: a replay then begins with what is staged at that time.
 
-        While a CUDA graph is captured the copy is always made: a replay then begins with what is staged at that time.
+        Raises:
+            AlignvecError: a batch that the rows do not divide; a layer that is computed again in a backward pass when
+                the mix of its forward pass is not known.
         """
-        if self._lent:
-            return
+        if torch.is_grad_enabled() and (recomputed := self._recomputed()) is not None:
+            return recomputed
         with publish_lock:
-            self.live_rows = len(self.mixes)
-            for device, live in self._live.items():
-                if _capturing(device) or self._published[device] != self._version:
-                    self._staged[device].copy_to(live)
-                    self._published[device] = self._version
+            if batch is not None and batch % len(self.mixes):
+                raise AlignvecError(
+                    f"a batch of {batch} does not divide over the {len(self.mixes)} rows of coefficients; "
+                    "call set_rows with one mix per sequence, or set() for one mix for all"
+                )
+            capturing = self.capturing
+            current = all(version == self._version for version in self._published.values())
+            live = capturing or current or not self._reading
+            if live:
+                self._reading += 1
+                for device, table in self._live.items():
+                    if _capturing(device) or self._published[device] != self._version:
+                        self._staged[device].copy_to(table)
+                        self._published[device] = self._version
+            own = torch.is_grad_enabled() and not capturing  # the backward pass may come after other writes
+            return Step(self, self._rows, batch, self.devices if live and not own else (), counted=live)
+
+    def end(self, step: Step) -> None:
+        """Let go of the live tables."""
+        if self.thread.step is step:
+            self.thread.step = None
+        if step.counted:
+            with _steps_ended:
+                step.counted = False
+                self._reading -= 1
+                _steps_ended.notify_all()
+
+    def enter(self, step: Step | None) -> None:
+        """Let this thread be in that step."""
+        self.thread.step = step
 
     @contextlib.contextmanager
-    def lent(self, mixes: Sequence[tuple[float, ...]], batch: int) -> Iterator[None]:
+    def within(self, step: Step) -> Iterator[Step]:
+        """This thread is in that step for the length of a with block."""
+        before = self.step
+        self.thread.step = step
+        try:
+            yield step
+        finally:
+            self.thread.step = before
+
+    @contextlib.contextmanager
+    def call(self, batch: int | None) -> Iterator[Step]:
+        """A step for the call of one edited module outside of any other step."""
+        step = self.begin(batch)
+        self.thread.step = step
+        try:
+            yield step
+        finally:
+            self.end(step)
+
+    def end_abandoned(self) -> None:
+        """Close this thread's step if the call that opened it was interrupted (KeyboardInterrupt passes by hooks)."""
+        step = self.step
+        if step is not None and step.abandoned():
+            self.end(step)
+
+    @contextlib.contextmanager
+    def lent(self, mixes: Sequence[Values], batch: int) -> Iterator[None]:
         """Steps of `batch` sequences within read these rows; what is staged waits for the first step after.
 
-        The tables are written in the order of the stream, before any kernel of these steps: a captured graph that is
-        replayed within reads them, too.
+        The live tables are written in the order of the stream, before any kernel of these steps: a captured graph that
+        is replayed within reads them, too.
+
+        Raises:
+            AlignvecError: rows that differ on a model that cannot have them; a forward pass that is under way.
         """
         rows = tuple(mixes)
-        with publish_lock:
-            self._lent, self.live_rows, self.batch = True, len(rows), batch
+        if len(rows) > 1:
+            self._prove_rows()
+        self.end_abandoned()
+        if self.step is not None:
+            raise AlignvecError("a forward pass of this model is under way, inside of which it cannot be decoded")
+        with _steps_ended:
+            if not _steps_ended.wait_for(lambda: not self._reading, PATIENCE):
+                raise AlignvecError(
+                    f"another thread has been inside of a forward pass of this model for {PATIENCE:.0f} seconds; "
+                    "let one thread at a time decode"
+                )
+            self._reading += 1
             for device, live in self._live.items():  # each time: a compiled or captured step may have published since
                 live.copy_rows(rows)
                 self._published[device] = rows
+        step = Step(self, rows, batch, self.devices, counted=True)
+        self.thread.step = step
         try:
             yield
         finally:
-            self._lent = False
+            self.end(step)
 
-    def published(self, device: torch.device) -> object:
-        """What changes when the live table does."""
-        return self._published.get(device)
+    def began_backward(self, step: Step) -> None:
+        """Gradients of a step are being computed, in this thread's graph task of autograd."""
+        task = torch._C._current_graph_task_id()
+        with publish_lock:
+            known = self._backward.setdefault(task, [])
+            known.append(step)
+        if len(known) == 1:
+            engine: Any = torch.autograd.Variable._execution_engine
+            engine.queue_callback(lambda: self._backward.pop(task, None))
+
+    def _recomputed(self) -> Step | None:
+        """In a backward pass (gradient checkpointing) the step whose gradients are being computed; else None."""
+        task = torch._C._current_graph_task_id()
+        if task == -1:
+            return None
+        with publish_lock:
+            steps = self._backward.get(task) or [step for steps in self._backward.values() for step in steps]
+        if not steps:
+            raise AlignvecError(
+                "a layer is computed again in a backward pass whose forward pass did not go through the attached model, "
+                "so the mix of that pass is not known; compute the loss from the model's own outputs"
+            )
+        if len({step.mixes for step in steps}) > 1:
+            raise AlignvecError(
+                "a layer is computed again in a backward pass through several forward passes under different mixes, and "
+                "it is not known to which of them it belongs; call backward() for each, or do without checkpointing"
+            )
+        return steps[0].again()
+
+    def _prove_rows(self) -> None:
+        if self.before_rows is not None:
+            self.before_rows()
 
     def _stage(self, device: torch.device) -> None:
-        self._staged[device].copy_(self._host, len(self.mixes))
+        self._staged[device].copy_(self._host, len(self._rows))
+
+    def traced(self, device: torch.device) -> Place:
+        """The table that a compiled graph reads."""
+        live = self.live(device)
+        if self.thread.traced_row is None:
+            return live.table, live.rows
+        return live.table[self.thread.traced_row : self.thread.traced_row + 1], self.one(device)
+
+
+def _distinct(mixes: Sequence[Values]) -> tuple[Values, ...]:
+    """The mixes, or one where all are alike."""
+    return tuple(mixes[:1] if all(mix == mixes[0] for mix in mixes) else mixes)
 
 
 def _capturing(device: torch.device) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,13 @@ from torch import Tensor, nn
 from alignvec import ops
 from alignvec.coefficients import Coefficients
 from alignvec.errors import AlignvecError
+from alignvec.foreign import Mix, Unformed
 from alignvec.fused import Fused
 from alignvec.kernels.operands import Operand, decode, dense
+
+if TYPE_CHECKING:
+    from alignvec.roworder import Order
+    from alignvec.steps import Step
 
 
 class Deltas:
@@ -80,10 +85,17 @@ class Edit:
     columns: column of each present vector in the coefficient table, int32 [k].
     deltas: parameter name -> the vectors' deltas of it, in the order of `columns`.
     choices: execution, precision and backend of its operators.
+    path: the module's name in the model, for refusals.
     fused: the sibling layers that it is computed with, if there are any.
+    order: how the module's inputs lie in a batch; None where nobody has tried.
+    widens: the module's own forward runs in float32, on parameters in float32.
+    entered: whether a trace of torch.compile is in that forward.
     """
 
     fused: Fused | None = None
+    order: Order | None = None
+    widens = False
+    entered = False
 
     def __init__(
         self,
@@ -92,11 +104,14 @@ class Edit:
         deltas: dict[str, Deltas],
         choices: tuple[str, str, str],
         device: torch.device,
+        path: str = "",
     ) -> None:
         self.coefficients = coefficients
+        self.vectors = tuple(columns)
         self.columns = torch.tensor(columns, dtype=torch.int32)
         self.deltas = deltas
         self.choices = choices
+        self.path = path
         self.move(device)
 
     def move(self, device: torch.device) -> None:
@@ -120,10 +135,13 @@ class Edit:
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """weight: [out_features, in_features]."""
-        if self.device != x.device:
-            self.move(x.device)
+        self._follow(x)
+        if self._alone:
+            with self.coefficients.call(x.shape[0]):
+                return self.linear(x, weight, bias)
+        x, table, rows = self._place(x)
         choices = self.choices
-        if choices[0] == "materialise" and (torch.compiler.is_compiling() or self.coefficients.live_rows > 1):
+        if choices[0] == "materialise" and (torch.compiler.is_compiling() or not self.coefficients.one_mix):
             choices = ("combine", *choices[1:])  # one mix for all rows is what the other cannot do without
         deltas = self.deltas.get("weight")
         if deltas is None:  # only the bias is edited
@@ -136,46 +154,173 @@ class Edit:
             deltas.parts,
             self.stack("bias"),
             self.columns,
-            self.table,
-            self.rows,
+            table,
+            rows,
             None,
             *choices,
         )
 
     def embedding(self, ids: Tensor, weight: Tensor) -> Tensor:
-        if self.device != weight.device:
-            self.move(weight.device)
-        batch = self.coefficients.batch
-        if ids.shape[0] == 1 and batch is not None:
-            ids = ids.expand(batch, *ids.shape[1:])  # positions that all sequences share, under mixes that they do not
-        elif batch is not None and ids.shape[0] != batch:
-            raise AlignvecError(
-                f"an embedding with vectors got indices {list(ids.shape)} in a batch of {batch}; it needs one row of "
-                "indices per sequence, or one for all"
-            )
+        self._follow(weight)
+        if self._alone:
+            with self.coefficients.call(ids.shape[0] if ids.dim() else 1):
+                return self.embedding(ids, weight)
+        ids, table, rows = self._place(ids)
         deltas = self.deltas["weight"]
-        return ops.embedding(ids, weight, deltas.specs, deltas.parts, self.columns, self.table, self.rows, self.backend)
+        if weight.shape != deltas.operands[0].shape:
+            raise AlignvecError(
+                f"{self.path} has {weight.shape[0]} embeddings by now and its vectors {deltas.operands[0].shape[0]}: call "
+                "alignment.detach(), resize the model, and attach vectors of that vocabulary"
+            )
+        return ops.embedding(ids, weight, deltas.specs, deltas.parts, self.columns, table, rows, self.backend)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
-        if self.device != x.device:
-            self.move(x.device)
-        return ops.rms_norm(
-            x, weight, self.stack("weight"), self.columns, self.table, self.rows, eps, offset, self.backend
-        )
+        self._follow(x)
+        if self._alone:
+            with self.coefficients.call(x.shape[0]):
+                return self.rms_norm(x, weight, eps, offset)
+        x, table, rows = self._place(x)
+        return ops.rms_norm(x, weight, self.stack("weight"), self.columns, table, rows, eps, offset, self.backend)
 
     def layer_norm(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-        if self.device != x.device:
-            self.move(x.device)
+        self._follow(x)
+        if self._alone:
+            with self.coefficients.call(x.shape[0]):
+                return self.layer_norm(x, weight, bias, eps)
+        x, table, rows = self._place(x)
         stacks = (self.stack("weight"), self.stack("bias"))
-        return ops.layer_norm(x, weight, bias, *stacks, self.columns, self.table, self.rows, eps, self.backend)
+        return ops.layer_norm(x, weight, bias, *stacks, self.columns, table, rows, eps, self.backend)
 
-    def mixed(self, module: nn.Module, batch: int) -> dict[str, Tensor]:
-        """Each edited parameter of `module` as float32 [batch, *shape], one mix for each of `batch` equal parts."""
-        mixed = {}
-        for name, deltas in self.deltas.items():
-            parameter = module._parameters[name]
-            assert parameter is not None
-            if self.device != parameter.device:
-                self.move(parameter.device)
-            mixed[name] = ops.mix(parameter, deltas.specs, deltas.parts, self.columns, self.table, self.rows, batch)
-        return mixed
+    def norm(self, module: nn.Module, x: Tensor, forward: Callable[[Tensor, dict[str, Tensor]], Tensor]) -> Tensor:
+        """`forward(x, mixed)` with each sequence's parameters, float32 [batch, features]: x [batch, ..., features]."""
+        self._follow(x)
+        if self._alone:
+            with self.coefficients.call(x.shape[0]):
+                return self.norm(module, x, forward)
+        x, table, rows = self._place(x)
+        return forward(x, self._all_mixed(module, x.shape[0], table, rows))
+
+    def mixed(self, module: nn.Module, step: Step) -> dict[str, Tensor]:
+        """Each edited parameter of `module` under the one mix of a step, in float32."""
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                self._follow(parameter)
+        return {name: value[0] for name, value in self._all_mixed(module, 1, *step.on(self.device)).items()}
+
+    def read(self, module: nn.Module, name: str, apart: bool) -> Tensor:
+        """An edited parameter as code outside of our operators reads it: the mix of the step that this thread is in.
+
+        apart: such code rarely wants its values; they are formed when it does.
+        """
+        parameter = module._parameters[name]
+        assert parameter is not None
+        self._follow(parameter)
+        coefficients = self.coefficients
+        if torch.compiler.is_compiling():
+            self._publish_traced()
+            if coefficients.thread.traced_row is None and coefficients.rows > 1:
+                self.refuse_reader(name)
+            exact = self._mixed(parameter, name, 1, *coefficients.traced(self.device))[0]
+            return exact if self.widens else exact.to(parameter.dtype)
+        step = coefficients.step
+        if step is None:
+            return parameter
+        given = step.given.get(id(module))
+        if given is not None and name in given:
+            return given[name]
+
+        def form() -> Tensor:
+            if not step.alike(self.vectors):
+                self.refuse_reader(name)
+            own = step if step.rows == 1 else step.first
+            return step.value((id(self), name), lambda: Mix.of(self._mixed(parameter, name, 1, *own.on(self.device))[0], parameter.dtype))
+
+        return Unformed.of(parameter, form) if apart else form()
+
+    def takes_rows(self, step: Step, x: Tensor) -> bool:
+        """Whether x lies in the order of the batch, as much of it for every sequence."""
+        batch = step.batch or step.rows
+        return self.order is not None and self.order.batch_major and x.shape[0] % batch == 0
+
+    def refuse_reader(self, name: str) -> NoReturn:
+        raise AlignvecError(
+            f"code outside of {self.path} reads its {name}, which then cannot have different coefficients for the rows of "
+            "a batch; use set() instead of set_rows()"
+        )
+
+    def refuse_rows(self) -> NoReturn:
+        why = "was not reached when rows were tried on text alone, so it is not known which row its inputs belong to"
+        if self.order is not None:
+            why = "gets its inputs in an order other than that of the sequences of the batch"
+        raise AlignvecError(
+            f"{self.path} {why}; it cannot have different coefficients for the rows of a batch, use set() instead of "
+            "set_rows()"
+        )
+
+    def _follow(self, tensor: Tensor) -> None:
+        if self.device != tensor.device and tensor.device.type != "meta":
+            self.move(tensor.device)
+
+    @property
+    def _alone(self) -> bool:
+        """Whether the module is called outside of any step."""
+        return not torch.compiler.is_compiling() and self.coefficients.step is None
+
+    def _place(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x as operators take it, the table and its number of rows. x whose leading size is 1 belongs to all sequences
+        (positions, say): where their mixes differ it is repeated for each."""
+        coefficients = self.coefficients
+        if torch.compiler.is_compiling():
+            return self._traced_place(x)
+        step = coefficients.step
+        assert step is not None
+        if step.calls is not None:
+            step.calls.append((self, (x,)))
+        if step.rows > 1:
+            if step.alike(self.vectors):
+                return x, *step.first.on(self.device)
+            batch = step.batch or step.rows
+            if self.order is None or not self.order.batch_major:
+                self.refuse_rows()
+            if x.shape[0] == 1:
+                x = x.expand(batch, *x.shape[1:])
+            elif not self.takes_rows(step, x):
+                raise AlignvecError(
+                    f"{self.path} got an input {list(x.shape)} in a batch of {batch} whose rows have different "
+                    "coefficients; it needs as much of it for every sequence, use set() instead of set_rows()"
+                )
+        return x, *step.on(self.device)
+
+    def _traced_place(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        coefficients = self.coefficients
+        self._publish_traced()
+        batch = coefficients.thread.traced_batch
+        if coefficients.thread.traced_depth == 0:
+            batch = None if coefficients.step is None else coefficients.step.batch
+        if batch is not None and x.shape[0] != batch:
+            if x.shape[0] == 1 and (not x.is_floating_point() or coefficients.rows > 1):
+                x = x.expand(batch, *x.shape[1:])
+            elif x.shape[0] % batch and coefficients.rows > 1:
+                self.refuse_rows()
+        return x, *coefficients.traced(self.device)
+
+    def _publish_traced(self) -> None:
+        """In a graph that is compiled of a module alone the step begins with it."""
+        coefficients = self.coefficients
+        if coefficients.step is None and coefficients.thread.traced_depth == 0:
+            publish_traced(coefficients)
+
+    def _all_mixed(self, module: nn.Module, batch: int, table: Tensor, rows: Tensor) -> dict[str, Tensor]:
+        parameters = {name: module._parameters[name] for name in self.deltas}
+        return {name: self._mixed(p, name, batch, table, rows) for name, p in parameters.items() if p is not None}
+
+    def _mixed(self, parameter: Tensor, name: str, batch: int, table: Tensor, rows: Tensor) -> Tensor:
+        deltas = self.deltas[name]
+        return ops.mix(parameter, deltas.specs, deltas.parts, self.columns, table, rows, batch)
+
+
+def publish_traced(coefficients: Coefficients) -> None:
+    """The beginning of a step in a graph that is being compiled: the copy is one of its operators."""
+    for device in coefficients.devices:
+        staged, live = coefficients.staged(device), coefficients.live(device)
+        ops.publish(staged.table, staged.rows, live.table, live.rows)

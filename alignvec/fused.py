@@ -20,6 +20,7 @@ from alignvec import ops
 
 if TYPE_CHECKING:
     from alignvec.modules import AlignedLinear
+    from alignvec.steps import Step
 
 # Names of children of one module that multiply the same input.
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
@@ -54,7 +55,10 @@ class Fused:
         """The result of `member` for x [..., in_features]; None when it has to be computed alone."""
         if self._misses >= MISSES or torch.is_grad_enabled() or x.is_inference():
             return None
-        state = self._state(x)
+        step = self.members[0].edit.coefficients.step
+        if step is None or step.calls is not None:
+            return None
+        state = self._state(x, step)
         pending: _Pending | None = getattr(self._local, "pending", None)
         if pending is not None:
             if pending.x is x and pending.state == state and member in pending.results:
@@ -64,46 +68,46 @@ class Fused:
                 return result
             self._local.pending = None
             self._misses += 1
-        if self._misses >= MISSES or not self._ready(x):
+        if self._misses >= MISSES or not self._ready(x, step):
             return None
-        results = self._compute(x)
+        results = self._compute(x, step)
         result = results.pop(member)
         self._local.pending = _Pending(x, state, results)
         return result
 
-    def _state(self, x: Tensor) -> tuple[Any, ...]:
+    def _state(self, x: Tensor, step: Step) -> tuple[Any, ...]:
         """What has to be the same for a result to be that of another call."""
-        coefficients = self.members[0].edit.coefficients
         stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
-        return x._version, coefficients.published(x.device), stream
+        return x._version, step, stream
 
-    def _ready(self, x: Tensor) -> bool:
-        """Whether all can be computed now: few tokens, and no layer's weight elsewhere (offloaded)."""
-        biases = {member.bias is None for member in self.members}
+    def _ready(self, x: Tensor, step: Step) -> bool:
+        """Whether all can be computed now: few tokens in the batch's order, and no layer's weight elsewhere."""
+        biases = {member._parameters["bias"] is None for member in self.members}
+        edits = [member.edit for member in self.members]
         return (
             len(biases) == 1
             and x.numel() <= TOKENS * x.shape[-1]
-            and all(member.weight.device == member.edit.device == x.device for member in self.members)
+            and all(member._parameters["weight"].device == member.edit.device == x.device for member in self.members)
+            and (step.rows == 1 or all(edit.takes_rows(step, x) for edit in edits))
         )
 
-    def _compute(self, x: Tensor) -> dict[AlignedLinear, Tensor]:
+    def _compute(self, x: Tensor, step: Step) -> dict[AlignedLinear, Tensor]:
         edits = [member.edit for member in self.members]
         deltas = [edit.deltas["weight"] for edit in edits]
         y = ops.linear_group(
             x,
-            [member.weight for member in self.members],
-            [member.bias for member in self.members if member.bias is not None],
+            [member._parameters["weight"] for member in self.members],
+            [bias for member in self.members if (bias := member._parameters["bias"]) is not None],
             [spec for own in deltas for spec in own.specs],
             [len(own.specs) for own in deltas],
             [part for own in deltas for part in own.parts],
             [edit.stack("bias") for edit in edits],
             [edit.columns for edit in edits],
-            edits[0].table,
-            edits[0].rows,
+            *step.on(x.device),
             None,
             *edits[0].choices,
         )
-        sizes = [member.weight.shape[0] for member in self.members]
+        sizes = [edit.deltas["weight"].operands[0].shape[0] for edit in edits]
         return dict(zip(self.members, y.split(sizes, -1), strict=True))
 
 

@@ -8,7 +8,9 @@ is all that detaching takes.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable
+from types import FrameType
 from typing import Any
 
 import torch
@@ -17,21 +19,33 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from alignvec.edit import Edit
-from alignvec.errors import AlignvecError
+from alignvec.pickling import NotPickled
+from alignvec.roworder import forward_by_row
 
 
-class Aligned(nn.Module):
-    """What all swapped-in modules have: an edit that follows the module's device, never its dtype."""
+class Aligned(NotPickled, nn.Module):
+    """What all swapped-in modules have: an edit that follows the module's device, never its dtype.
+
+    Our forwards take parameters from `_parameters`. Whoever reads `module.weight` in a step gets the mix.
+    """
 
     edit: Edit
     original: Any  # the class of the module that this one is a view of
+    apart = False  # whether other code than the module's own forward rarely reads its parameters' values
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "edit" and name in self.edit.deltas and self._parameters.get(name) is not None:
+            if "_hf_hook" in self.__dict__ and _moves_parameters(sys._getframe(1)):
+                return self._parameters[name]
+            return self.edit.read(self, name, self.apart)
+        return super().__getattr__(name)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Aligned:
         before = {name: p.detach() for name, p in self._parameters.items() if p is not None}
         super()._apply(fn, recurse)
         for name, deltas in self.edit.deltas.items():
             deltas.follow(before[name], self._parameters[name])  # type: ignore[arg-type]
-        device = next(p.device for p in self._parameters.values() if p is not None)
+        device = next((p.device for p in self._parameters.values() if p is not None), self.edit.device)
         if device != self.edit.device and device.type != "meta":
             self.edit.move(device)
         return self
@@ -40,130 +54,132 @@ class Aligned(nn.Module):
 class AlignedLinear(Aligned, nn.Linear):
     """`nn.Linear` plus weighted deltas: x [..., in_features] -> [..., out_features]."""
 
+    apart = True
+
     def forward(self, input: Tensor) -> Tensor:
         fused = self.edit.fused
         if fused is not None and not torch.compiler.is_compiling():
             y = fused.take(self, input)
             if y is not None:
                 return y
-        return self.edit.linear(input, self.weight, self.bias)
+        return self.edit.linear(input, *_weight_and_bias(self))
 
 
 class AlignedConv1D(Aligned, Conv1D):
     """GPT-2's `Conv1D`, a linear layer that stores its weight as [in_features, out_features]."""
 
+    apart = True
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.edit.linear(x, self.weight.t(), self.bias)
+        weight, bias = _weight_and_bias(self)
+        return self.edit.linear(x, weight.t(), bias)
 
 
 class AlignedEmbedding(Aligned, nn.Embedding):
     """`nn.Embedding` plus weighted rows of the deltas: ids [...] -> [..., embedding_dim]."""
 
+    apart = True
+
     def forward(self, input: Tensor) -> Tensor:
-        return self.edit.embedding(input, self.weight)
+        return self.edit.embedding(input, _weight_and_bias(self)[0])
 
 
 class AlignedLayerNorm(Aligned, nn.LayerNorm):
     """`nn.LayerNorm` whose weight and bias differ for every row."""
 
+    apart = True
+
     def forward(self, input: Tensor) -> Tensor:
-        return self.edit.layer_norm(input, self.weight, self.bias, self.eps)
+        parameters = self._parameters
+        return self.edit.layer_norm(input, parameters.get("weight"), parameters.get("bias"), self.eps)
 
 
 class AlignedRMSNorm(Aligned, nn.RMSNorm):
     """`nn.RMSNorm` whose weight differs for every row."""
 
+    apart = True
+
     def forward(self, x: Tensor) -> Tensor:
-        assert self.weight is not None
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
-        return self.edit.rms_norm(x, self.weight, eps, 0.0)
+        return self.edit.rms_norm(x, _weight_and_bias(self)[0], eps, 0.0)
 
 
 class AlignedRootMeanSquare(Aligned):
     """A class of its own that computes `x / rms(x) (offset + weight)`, as most models' norms do."""
 
-    weight: Tensor
     form: tuple[float, float]  # eps and offset
+    apart = True
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.edit.rms_norm(x, self.weight, *self.form)
+        return self.edit.rms_norm(x, _weight_and_bias(self)[0], *self.form)
 
 
 class AlignedNorm(Aligned):
     """Any elementwise-scaled norm, by its own forward: it sees its parameters as [batch, 1, ..., features]."""
 
     def forward(self, x: Tensor) -> Tensor:
-        mixed = _broadcast(self.edit.mixed(self, x.shape[0]), x)
-        y = self.original.forward(_Substituted(self, mixed), x)
+        return self.edit.norm(self, x, self._by_itself)
+
+    def _by_itself(self, x: Tensor, mixed: dict[str, Tensor]) -> Tensor:
+        y: Tensor = self.original.forward(_Substituted(self, _broadcast(mixed, x)), x)
         return y.to(x.dtype)
 
 
 class AlignedModule(Aligned):
-    """Any other module that owns edited parameters, by its own forward, once per row of coefficients.
+    """Any other module that owns edited parameters: experts, routers, mixers with parameters of their own.
 
-    The reference path for mixture-of-experts weights and routers: the mix is formed in float32 for each row, and each
-    row's share of the batch-major inputs goes through the module's forward with it.
+    Its own forward runs, and reads the mix where it reads a parameter; where rows differ, once for each of them.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        coefficients = self.edit.coefficients
-        rows = coefficients.rows if torch.compiler.is_compiling() else coefficients.live_rows
-        mixed = self.edit.mixed(self, rows)
-        if rows > 1 and any(child._parameters for child in self.modules() if child is not self):
-            raise AlignvecError(
-                f"{self.original.__name__} uses its own {', '.join(mixed)} around submodules and cannot give the rows "
-                "of a batch different coefficients; use set() instead of set_rows()"
-            )
-        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
-        parts = []
-        for row, (row_args, row_kwargs) in enumerate(_split((args, kwargs), rows)):
-            module = _Substituted(self, {name: value[row] for name, value in mixed.items()})
-            parts.append(self.original.forward(module, *row_args, **row_kwargs))
-        return _join(parts, dtype)
+        return forward_by_row(self, args, kwargs)
+
+
+class AlignedRecurrent(AlignedModule):
+    """torch's recurrent layers, which keep their parameters in a list beside."""
+
+    @property
+    def _flat_weights(self) -> list[Tensor]:
+        return [getattr(self, name) for name in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, _: Any) -> None:
+        return
+
+
+class AlignedBlock(AlignedModule):
+    """A module without edited parameters of its own that runs once for each row, since modules inside of it get their
+    tokens in another order than the batch's."""
+
+
+def _moves_parameters(caller: FrameType) -> bool:
+    """Whether accelerate asks, which brings offloaded parameters and takes them away."""
+    return str(caller.f_globals.get("__name__")).startswith("accelerate.")
+
+
+def _weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    weight = module._parameters["weight"]
+    assert weight is not None
+    return weight, module._parameters.get("bias")
 
 
 class _Substituted:
-    """`module` seen with other parameters; every other attribute falls through to it."""
+    """`module` seen with other parameters; every other attribute is the module's."""
 
     def __init__(self, module: nn.Module, parameters: dict[str, Tensor]) -> None:
         self.__dict__.update(parameters)
-        self._module = module
+        self.__dict__["_module"] = module
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._module, name, value)
 
 
 def _broadcast(mixed: dict[str, Tensor], x: Tensor) -> dict[str, Tensor]:
     """[batch, features] -> [batch, 1, ..., features], to meet x [batch, ..., features]."""
     return {name: w.view(w.shape[0], *(1,) * (x.dim() - w.dim()), *w.shape[1:]) for name, w in mixed.items()}
-
-
-def _split(value: Any, rows: int) -> Iterator[Any]:
-    """`value` with every tensor in it cut into `rows` equal parts along its first dimension, floats as float32."""
-
-    def part(item: Any, row: int) -> Any:
-        if isinstance(item, Tensor):
-            size = item.shape[0] // rows
-            item = item[row * size : (row + 1) * size] if rows > 1 else item
-            return item.float() if item.is_floating_point() else item
-        if isinstance(item, tuple | list):
-            return type(item)(part(i, row) for i in item)
-        if isinstance(item, dict):
-            return {key: part(i, row) for key, i in item.items()}
-        return item
-
-    return (part(value, row) for row in range(rows))
-
-
-def _join(parts: list[Any], dtype: torch.dtype) -> Any:
-    first = parts[0]
-    if isinstance(first, Tensor):
-        joined = torch.cat(parts) if len(parts) > 1 else first
-        return joined.to(dtype) if joined.is_floating_point() else joined
-    if isinstance(first, tuple | list):
-        return type(first)(_join(list(items), dtype) for items in zip(*parts, strict=True))
-    return first
 
 
 # torch's and transformers' classes with a forward of our own for each; all others go by their own forward.
@@ -176,25 +192,34 @@ _OWN_FORWARD: tuple[tuple[type[nn.Module], type[Aligned]], ...] = (
 )
 
 
+# Attributes that a module and its view have each for itself.
+_OWN = ("edit", "form", "forward", "_old_forward", "_hf_hook", "_compiled_call_impl", "_flat_weights")
+
+
 def view(module: nn.Module, edit: Edit) -> Aligned:
     """A swapped-in view of `module` that applies `edit`; `module` itself is left as it is."""
     original: Any = type(module)
     vectors_only = all(deltas.stack is not None for deltas in edit.deltas.values())
-    kind: Any = AlignedModule
+    kind: Any = AlignedModule if edit.deltas else AlignedBlock
     form = None
-    if original.__name__.endswith("Norm") and vectors_only:
+    if isinstance(module, nn.RNNBase):
+        kind = AlignedRecurrent
+    elif edit.deltas and original.__name__.endswith("Norm") and vectors_only:
         form = root_mean_square(module)
-        kind = AlignedNorm if form is None else AlignedRootMeanSquare
+        if form is not None:
+            kind = AlignedRootMeanSquare
+        elif _broadcasts(module, edit.deltas):
+            kind = AlignedNorm
     cls = _aligned_class(original, kind, vectors_only)
     aligned = cls.__new__(cls)
-    aligned.__dict__.update(module.__dict__)
+    aligned.__dict__.update({k: v for k, v in module.__dict__.items() if k not in _OWN})
     aligned.edit = edit
+    below = any(child._parameters for child in module.modules() if child is not module)
+    edit.widens = issubclass(cls, AlignedModule) and bool(edit.deltas) and not below
     if isinstance(aligned, AlignedRootMeanSquare):
         assert form is not None
         aligned.form = form
-    hook = aligned.__dict__.get("_hf_hook")
-    if hook is not None:
-        _carry_hook(aligned, hook)
+    carry_hook(module, aligned)
     return aligned
 
 
@@ -236,16 +261,50 @@ def root_mean_square(module: Any) -> tuple[float, float] | None:
     return next((((eps, o)) for o in (0.0, 1.0) if torch.allclose(got, unit * (o + weight), 1e-5, 1e-6)), None)
 
 
+def _broadcasts(module: Any, names: Iterable[str]) -> bool:
+    """Whether the module's forward takes x alone and scales it elementwise by its parameters, so that these may have a
+    leading dimension for the batch: found by trying it."""
+    parameters = {name: module._parameters[name] for name in names}
+    size = next(iter(parameters.values())).shape[-1] if all(p.dim() == 1 for p in parameters.values()) else 0
+    generator = torch.Generator().manual_seed(0)
+    mixed = {name: torch.randn(2, *p.shape, generator=generator) for name, p in parameters.items()}
+    x = torch.randn(2, 3, max(size, 1), generator=generator)
+    plain = {name: p.detach().float().cpu() for name, p in module._parameters.items() if p is not None and not p.is_meta}
+    try:
+        with torch.no_grad(), torch.device("cpu"):
+            together = type(module).forward(_Substituted(module, plain | _broadcast(mixed, x)), x)
+            apart = [
+                type(module).forward(_Substituted(module, plain | {name: w[row] for name, w in mixed.items()}), x[row, None])
+                for row in range(2)
+            ]
+        return torch.allclose(together, torch.cat(apart), 1e-5, 1e-6)
+    except Exception:  # whatever it is, it is no such norm
+        return False
+
+
 def _calls_super(forward: Any) -> bool:
     code = getattr(forward, "__code__", None)
     return code is not None and "__class__" in code.co_freevars and "forward" in code.co_names
 
 
-def _carry_hook(module: nn.Module, hook: Any) -> None:
-    """Wrap the view's forward in the accelerate hook that the original's was wrapped in, without running its set-up."""
-    from accelerate.hooks import ModelHook, add_hook_to_module
+def carry(source: nn.Module, target: nn.Module) -> None:
+    """What happened to the one of a module and its view that the model held: state that its forward keeps, its training
+    flag, accelerate's hook."""
+    for name, value in source.__dict__.items():
+        if name not in _OWN:
+            target.__dict__[name] = value
+    carry_hook(source, target)
 
+
+def carry_hook(source: nn.Module, target: nn.Module) -> None:
+    """Give `target` the accelerate hook that `source` has, or none, without running its set-up again."""
+    hook = source.__dict__.get("_hf_hook")
+    if hook is None and "_hf_hook" not in target.__dict__:
+        return
     for attribute in ("forward", "_old_forward", "_hf_hook"):
-        module.__dict__.pop(attribute, None)
-    add_hook_to_module(module, ModelHook())
-    module._hf_hook = hook
+        target.__dict__.pop(attribute, None)
+    if hook is not None:
+        from accelerate.hooks import ModelHook, add_hook_to_module
+
+        add_hook_to_module(target, ModelHook())
+        target._hf_hook = hook

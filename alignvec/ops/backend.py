@@ -38,3 +38,9 @@ def no_gradients(inputs: tuple[Any, ...]) -> list[Any]:
     """What a backward pass returns for inputs without a gradient: None, and of a list of tensors one for each."""
     lists = (isinstance(value, list) and all(isinstance(item, Tensor) for item in value) for value in inputs)
     return [[None] * len(value) if is_list else None for value, is_list in zip(inputs, lists, strict=True)]
+
+
+def unview(y: Tensor, *shape: int) -> Tensor:
+    """y in another shape, and for autograd no view: callers may write to a layer's result in place, as to torch's own."""
+    result: Tensor = torch.ops.aten._unsafe_view(y, shape)
+    return result

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from alignvec.kernels import operands
-from alignvec.ops.backend import kernel, no_gradients
+from alignvec.ops.backend import kernel, no_gradients, unview
 
 torch.library.define(
     "alignvec::embedding",
@@ -33,7 +33,7 @@ def _embedding(
     vectors = operands.parse(specs, parts, (weight.shape[0], weight.shape[1]))
     run = kernel(weight.device, backend, "embedding", "embedding")
     y: Tensor = run(ids.reshape(-1), weight, vectors, columns, table, rows)
-    return y.view(*ids.shape, weight.shape[1])
+    return unview(y, *ids.shape, weight.shape[1])
 
 
 @torch.library.register_fake("alignvec::embedding")

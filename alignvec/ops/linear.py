@@ -11,7 +11,7 @@ from torch import Tensor
 from alignvec import planner
 from alignvec.kernels import operands
 from alignvec.kernels.operands import Operand
-from alignvec.ops.backend import no_gradients
+from alignvec.ops.backend import no_gradients, unview
 
 _TABLE = "Tensor table, Tensor rows, Tensor? token_rows, str execution, str precision, str backend"
 torch.library.define(
@@ -64,7 +64,7 @@ def _linear(
         execution=execution,
         precision=precision,
     )
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return unview(y, *x.shape[:-1], weight.shape[0])
 
 
 def _operands(specs: list[str], parts: list[Tensor], weight: Tensor) -> list[Operand]:
@@ -137,7 +137,7 @@ def _linear_group(
         results = run.linear_group(flat, projections, *shared, execution=execution, precision=precision)
     else:
         results = [run.linear(flat, *member, *shared, execution=execution, precision=precision) for member in members]
-    return joined(results).view(*x.shape[:-1], -1)
+    return unview(joined(results), *x.shape[:-1], -1)
 
 
 def joined(results: list[Tensor]) -> Tensor:
@@ -229,7 +229,7 @@ def _linear_input_grad(
         from alignvec.kernels import eager
 
         grad_x = eager.linear_input_grad(flat, weight, vectors, columns, table, rows, token_rows)
-    return grad_x.view(*grad.shape[:-1], weight.shape[1])
+    return unview(grad_x, *grad.shape[:-1], weight.shape[1])
 
 
 def _transposed(operand: Operand) -> Operand:

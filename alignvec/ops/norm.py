@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from alignvec.kernels.reference import token_coefficients
-from alignvec.ops.backend import kernel
+from alignvec.ops.backend import kernel, unview
 
 torch.library.define(
     "alignvec::rms_norm",
@@ -40,7 +40,7 @@ def _rms_norm(
     run = kernel(x.device, backend, "norm", "rms_norm")
     flat = x.reshape(-1, x.shape[-1])
     y: Tensor = run(flat, weight, deltas, columns, table, rows, eps=eps, offset=offset)
-    return y.view(x.shape)
+    return unview(y, *x.shape)
 
 
 @torch.library.impl("alignvec::layer_norm", "CompositeExplicitAutograd")
@@ -60,7 +60,7 @@ def _layer_norm(
     run = kernel(x.device, backend, "norm", "layer_norm")
     flat = x.reshape(-1, x.shape[-1])
     y: Tensor = run(flat, weight, bias, deltas, bias_deltas, columns, table, rows, eps=eps)
-    return y.view(x.shape)
+    return unview(y, *x.shape)
 
 
 @torch.library.register_fake("alignvec::rms_norm")

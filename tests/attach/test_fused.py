@@ -272,7 +272,8 @@ def test_the_operator_and_its_gradients() -> None:
     logits(model)
     layers = model.model.layers[0].self_attn.q_proj.edit.fused
     x = torch.randn(2, 3, 48, requires_grad=True)
-    together = list(layers._compute(x).values())
+    with model.alignment._coefficients.call(2) as step:
+        together = list(layers._compute(x, step).values())
     alone = [member.edit.linear(x, member.weight, member.bias) for member in layers.members]
     inputs = [x, *(member.weight for member in layers.members), *(member.bias for member in layers.members)]
     gradients = [

@@ -1,0 +1,250 @@
+"""Whether a model can give the rows of a batch different coefficients: found by trying, the first time they differ.
+
+Two rows of a few tokens, the second one padded, run through the model together and each alone, all under coefficients of
+0. A module whose inputs together are those of the one row followed by those of the other takes its tokens in the order of
+the batch, so that row r of the table belongs to the r-th part of them. Where tokens are sorted by expert, repeated, or
+laid out position by position they are not, whatever the weights are: the nearest module around that is given and gives
+back its tokens in order runs once for each row, and where there is none rows are refused by name. In the end two rows under
+different mixes are compared with each alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alignvec.coefficients import Coefficients
+from alignvec.edit import Edit
+from alignvec.errors import AlignvecError
+from alignvec.roworder import BATCH, OTHER, SHARED, Order, named_tensors
+from alignvec.steps import Step, Values
+
+TOKENS = 7  # of a row
+PADS = 2  # before the second row's, so that no two rows have the same number of tokens that count
+SLACK = 0.3  # relative difference of what is the same but for rounding and a flipped choice of experts
+NOISE = 20.0  # times the difference that running together makes under one mix
+
+Calls = dict[Edit, list[Any]]
+
+
+class RowCheck:
+    """One trial of a model. `block` makes a module run once for each row: it gives the edit to tell its order to."""
+
+    def __init__(
+        self, model: nn.Module, coefficients: Coefficients, edits: Sequence[Edit], block: Callable[[nn.Module, str], Edit]
+    ) -> None:
+        self.model, self.coefficients, self.edits, self._block = model, coefficients, edits, block
+
+    def run(self) -> None:
+        """Find out the order of every edited module's inputs.
+
+        Raises:
+            AlignvecError: the model cannot be tried, or its rows do not come out as each does alone.
+        """
+        with _evaluating(self.model), torch.inference_mode(False), torch.no_grad():
+            inputs = self._inputs()
+            zero: Values = (0.0,) * len(self.coefficients.names)
+            together, calls = self._forward(inputs, [zero])
+            alone = [self._forward(_row(inputs, row), [zero]) for row in range(2)]
+            for edit in self.edits:
+                edit.order = _order(calls.get(edit), [own.get(edit) for _, own in alone])
+            self._enclose(inputs, zero)
+            one: Values = (1.0,) * len(self.coefficients.names)
+            try:
+                mixed, _ = self._forward(inputs, [one, zero])
+            except AlignvecError:
+                return  # a module refuses rows, and does so by its name
+            first, _ = self._forward(_row(inputs, 0), [one])
+            noise = _difference(together, torch.cat([logits for logits, _ in alone]))
+            error = _difference(mixed, torch.cat([first, alone[1][0]]))
+            if not error <= NOISE * noise + 1e-4:
+                raise AlignvecError(
+                    f"rows with different coefficients come out of {type(self.model).__name__} other than each does alone "
+                    f"(by {error:.0%}); use set() instead of set_rows()"
+                )
+
+    def _forward(self, inputs: dict[str, Tensor], mixes: Sequence[Values]) -> tuple[Tensor, Calls]:
+        """The outputs, and what each edited module was called with. A row decodes a token more from its cache."""
+        step = Step(self.coefficients, mixes, next(iter(inputs.values())).shape[0])
+        recorded: list[tuple[Edit, Any]] = []
+        step.calls = recorded
+        try:
+            with self.coefficients.within(step):
+                output = self.model(**inputs)
+        except AlignvecError:
+            raise
+        except Exception as error:
+            raise AlignvecError(
+                f"{type(self.model).__name__} cannot be tried on a few tokens, which shows whether the rows of a batch can "
+                f"have different coefficients ({error}); use set() instead of set_rows()"
+            ) from error
+        calls: Calls = defaultdict(list)
+        for edit, values in recorded:
+            calls[edit].append(named_tensors(values))
+        first = output[0] if isinstance(output, tuple) else next(v for v in output.values() if isinstance(v, Tensor))
+        return first, calls
+
+    def _inputs(self) -> dict[str, Tensor]:
+        config: Any = getattr(self.model, "config", None)
+        get_text_config = getattr(config, "get_text_config", None)
+        vocabulary = getattr(get_text_config() if get_text_config else config, "vocab_size", None)
+        if not isinstance(vocabulary, int):
+            raise AlignvecError(
+                f"{type(self.model).__name__} has no vocabulary, so it is not known which row of a batch its inputs belong "
+                "to; use set() instead of set_rows()"
+            )
+        special = {value for value in _numbers(config) if value < vocabulary}
+        plain = [token for token in range(min(vocabulary, 4096)) if token not in special] or [0]
+        generator = torch.Generator().manual_seed(0)
+        chosen = torch.randint(len(plain), (2, 2 * TOKENS), generator=generator)
+        ids = torch.tensor(plain)[chosen].to(self._device())
+        mask = torch.ones_like(ids[:, :TOKENS])
+        mask[1, :PADS] = 0
+        inputs = {"input_ids": ids[:, :TOKENS], "attention_mask": mask}
+        if getattr(config, "is_encoder_decoder", False):
+            inputs["decoder_input_ids"] = ids[:, TOKENS:-1]
+        accepted = inspect.signature(type(self.model).forward).parameters
+        named = {name: value for name, value in inputs.items() if name in accepted}
+        if "use_cache" in accepted:
+            named["use_cache"] = False  # type: ignore[assignment]
+        if "input_ids" not in named:
+            raise AlignvecError(
+                f"{type(self.model).__name__} does not take input_ids, so it is not known which row of a batch its inputs "
+                "belong to; use set() instead of set_rows()"
+            )
+        return named
+
+    def _device(self) -> torch.device:
+        embedding = getattr(self.model, "get_input_embeddings", lambda: None)()
+        weight = getattr(embedding, "weight", None)
+        device = next(iter(self.coefficients.devices)) if weight is None else weight.device
+        return next(iter(self.coefficients.devices)) if device.type == "meta" else device
+
+    def _enclose(self, inputs: dict[str, Tensor], zero: Values) -> None:
+        """Around modules that get their tokens in another order, find modules that do not, and let these run by row."""
+        failing = [edit for edit in self.edits if edit.order is not None and not edit.order.batch_major]
+        if not failing:
+            return
+        around = _enclosing(self.model, failing)
+        runs = [
+            self._observed(own, zero, {module for modules in around.values() for _, module in modules})
+            for own in (inputs, _row(inputs, 0), _row(inputs, 1))
+        ]
+        blocks: dict[nn.Module, Edit] = {}
+        for edit, modules in around.items():
+            for path, module in modules:
+                order = _order(runs[0][module][0], [own[module][0] for own in runs[1:]])
+                results = _order(runs[0][module][1], [own[module][1] for own in runs[1:]])
+                if order is None or results is None or not (order.batch_major and results.batch_major):
+                    continue
+                if module not in blocks:
+                    blocks[module] = self._block(module, path)
+                    blocks[module].order = order
+                break
+
+    def _observed(
+        self, inputs: dict[str, Tensor], zero: Values, modules: set[nn.Module]
+    ) -> dict[nn.Module, tuple[list[Any], list[Any]]]:
+        """Arguments and results of every call of these modules."""
+        seen: dict[nn.Module, tuple[list[Any], list[Any]]] = {module: ([], []) for module in modules}
+
+        def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            seen[module][0].append(named_tensors((args, kwargs)))
+            seen[module][1].append(named_tensors(output))
+
+        handles = [module.register_forward_hook(note, with_kwargs=True) for module in modules]
+        try:
+            self._forward(inputs, [zero])
+        finally:
+            for handle in handles:
+                handle.remove()
+        return seen
+
+
+def _enclosing(model: nn.Module, edits: Sequence[Edit]) -> dict[Edit, list[tuple[str, nn.Module]]]:
+    """The modules around each edited one, the nearest first, without the model itself."""
+    named = dict(model.named_modules())
+    around = {}
+    for edit in edits:
+        parts = edit.path.split(".")
+        paths = [".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1)]
+        around[edit] = [(path, named[path]) for path in paths if path in named]
+    return around
+
+
+def _order(together: list[dict[str, Tensor]] | None, alone: Sequence[list[dict[str, Tensor]] | None]) -> Order | None:
+    """The order of a module's tensors over all of its calls; None where it was not called."""
+    if not together:
+        return None
+    if any(own is None or len(own) != len(together) for own in alone):
+        return Order(False)
+    found: dict[str, tuple[str, int]] = {}
+    for number, call in enumerate(together):
+        for place, tensor in call.items():
+            parts = [own[number].get(place) for own in alone if own is not None]
+            kind = _kind(tensor, [part for part in parts if part is not None])
+            leading = tensor.shape[0] if tensor.dim() else 1
+            known = found.get(place)
+            if known is not None and known[0] != kind:
+                kind = OTHER
+            found[place] = (kind, leading)
+    kinds = {kind for kind, _ in found.values()}
+    shared_once = all(leading == 1 for kind, leading in found.values() if kind == SHARED)
+    floating = BATCH in kinds or (kinds == {SHARED} and shared_once)
+    return Order(OTHER not in kinds and floating, found)
+
+
+def _kind(together: Tensor, alone: list[Tensor]) -> str:
+    if len(alone) != 2:
+        return OTHER
+    one, other = alone
+    if together.dim() and one.dim() and one.shape == other.shape and together.shape[1:] == one.shape[1:]:
+        if together.shape[0] == 2 * one.shape[0] and _difference(together, torch.cat(alone)) < SLACK:
+            return BATCH
+    if together.shape == one.shape == other.shape and max(_difference(together, part) for part in alone) < SLACK:
+        return SHARED
+    return OTHER
+
+
+def _difference(one: Tensor, other: Tensor) -> float:
+    """Relative, over numbers that are finite in both."""
+    if one.shape != other.shape:
+        return float("inf")
+    one, other = one.double().reshape(-1), other.double().reshape(-1)
+    finite = one.isfinite() & other.isfinite()
+    one, other = one[finite], other[finite]
+    size = float(other.norm())
+    error = float((one - other).norm())
+    return error / size if size else (float("inf") if error else 0.0)
+
+
+def _row(inputs: dict[str, Any], row: int) -> dict[str, Any]:
+    return {name: value[row, None] if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
+
+def _numbers(config: Any) -> Iterator[int]:
+    """Token ids that a configuration gives a meaning."""
+    values = config.to_dict() if hasattr(config, "to_dict") else {}
+    nested = [values, *(value for value in values.values() if isinstance(value, dict))]
+    for own in nested:
+        for name, value in own.items():
+            if str(name).endswith(("token_id", "token_index")):
+                yield from (item for item in (value if isinstance(value, list) else [value]) if isinstance(item, int))
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

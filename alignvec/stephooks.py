@@ -1,0 +1,124 @@
+"""Where steps begin and end: at the attached model, and at every model inside of it that holds edited modules."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.eval_frame import skip_code
+
+from alignvec.coefficients import Coefficients
+from alignvec.edit import publish_traced
+from alignvec.modules import Aligned
+from alignvec.roworder import named_tensors
+from alignvec.swaps import Swaps
+
+_INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
+
+
+def _traced_only_inside(hook: Any) -> Any:
+    """torch.compile runs a compiled model's own hooks by themselves: they then run as they are, and are traced where they
+    are a part of what is compiled."""
+    skip_code(hook.__code__)
+    return hook
+
+
+class StepHooks:
+    """Forward hooks on a model, its backbone, encoders, decoders and towers.
+
+    Whichever is called outside of a step opens one for the length of its call, and what runs inside sees that. In a
+    graph that is compiled the step begins with the operator `alignvec::publish`, at the outermost of those that it
+    contains.
+    """
+
+    def __init__(self, model: nn.Module, coefficients: Coefficients, swaps: Swaps) -> None:
+        from transformers import PreTrainedModel
+
+        self.model, self._coefficients, self._swaps = model, coefficients, swaps
+        self._handles = []
+        for module in model.modules():
+            if module is model or isinstance(module, PreTrainedModel):
+                if any(isinstance(inner, Aligned) for inner in module.modules()):
+                    self._handles.append(module.register_forward_pre_hook(self._open, with_kwargs=True))
+                    self._handles.append(module.register_forward_hook(self._close, always_call=True))
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    @_traced_only_inside
+    def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        coefficients = self._coefficients
+        if not self._swaps.standing:  # a mix is materialised
+            return
+        if torch.compiler.is_compiling():
+            if coefficients.step is None and coefficients.thread.traced_depth == 0:
+                publish_traced(coefficients)
+                coefficients.thread.traced_batch = _batch(args, kwargs)
+            coefficients.thread.traced_depth += 1
+        else:
+            self._enter(module, args, kwargs)
+
+    @torch.compiler.disable
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        coefficients = self._coefficients
+        step = coefficients.step
+        if step is not None and step.opener is module:
+            if not step.abandoned():
+                step.depth += 1
+                return
+            coefficients.end(step)
+            step = None
+        if step is None:
+            self._swaps.require_in_place()
+            step = coefficients.begin(_batch(args, kwargs))
+            step.opened_by(module, _caller())
+            coefficients.enter(step)
+
+    @_traced_only_inside
+    def _close(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        coefficients = self._coefficients
+        if torch.compiler.is_compiling():
+            coefficients.thread.traced_depth -= self._swaps.standing
+        else:
+            self._leave(module, output)
+
+    @torch.compiler.disable
+    def _leave(self, module: nn.Module, output: Any) -> None:
+        coefficients = self._coefficients
+        step = coefficients.step
+        if step is None or step.opener is not module:
+            return
+        step.depth -= 1
+        if step.depth:
+            return
+        coefficients.end(step)
+        if torch.is_grad_enabled():
+            for tensor in named_tensors(output).values():
+                if tensor.requires_grad:
+                    tensor.register_hook(partial(_backward, coefficients, step))
+
+
+def _caller() -> FrameType | None:
+    """The frame of the module's call, which lasts as long as the step."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != "_call_impl":
+        frame = frame.f_back
+    return frame
+
+
+def _backward(coefficients: Coefficients, step: Any, _: Tensor) -> None:
+    coefficients.began_backward(step)
+
+
+def _batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """Sequences of a call: the leading size of the first of its inputs."""
+    named = (kwargs.get(name) for name in _INPUTS)
+    values = [*named, *args, *kwargs.values()]
+    first = next((value for value in values if isinstance(value, Tensor) and value.dim()), None)
+    return None if first is None else first.shape[0]
