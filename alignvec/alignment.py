@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from alignvec.coefficients import Coefficients
+from alignvec.edit import Edit
 from alignvec.errors import AlignvecError
 from alignvec.materialised import Buffers, Edited, Materialised
 from alignvec.pickling import NotPickled
 from alignvec.rowcheck import RowCheck
 from alignvec.stephooks import StepHooks
+from alignvec.steps import Values
 from alignvec.swaps import Swap, Swaps
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ class Alignment(NotPickled):
         self._backend = backend
         self._coefficients = coefficients
         self._swaps = Swaps(model, swaps)
-        self._tried: str | None = None  # what a trial of rows said, once there was one; empty where they are good
+        self._unplaced: list[Edit] | str | None = None  # modules that cannot have rows, or why none can, once tried
         self._materialised: Materialised | None = None
         self._buffers: Buffers = {}
         self._attached = False
@@ -102,9 +104,9 @@ class Alignment(NotPickled):
         The first time that rows differ, the model is tried on a few tokens: two rows together against each alone.
 
         Raises:
-            AlignvecError: no mixes, more than the table's `max_rows`, an unknown name, a coefficient that is not finite,
-                or rows that differ on a model that cannot have that; nothing is changed then. A batch that is no multiple
-                of R, and a module that it is not known of which row its inputs are, are refused when they arrive.
+            AlignvecError: no mixes, more than the table's `max_rows`, an unknown name, a coefficient that is not
+                finite, or rows that differ where the model cannot have that; nothing is changed then. A batch that is
+                no multiple of R, and inputs of which it is not known whose rows they are, are refused when they come.
         """
         self._check_live()
         self._coefficients.write([self._coefficients.mix(mix) for mix in mixes])
@@ -232,18 +234,20 @@ class Alignment(NotPickled):
         self.model.alignment = self  # type: ignore[assignment]
         self._attached = True
 
-    def _try_rows(self) -> None:
-        """Find out, once, whether the model can give rows different coefficients."""
-        if self._tried is None:
+    def _try_rows(self, rows: Sequence[Values]) -> None:
+        """Find out, once, which modules cannot have different coefficients for the rows; refuse rows that need it."""
+        if self._unplaced is None:
             self._swaps.require_in_place()
             edits = [swap.aligned.edit for swap in self._swaps]
             try:
-                RowCheck(self.model, self._coefficients, edits, self._swaps.run_by_row).run()
-                self._tried = ""
+                self._unplaced = RowCheck(self.model, self._coefficients, edits, self._swaps.run_by_row).run()
             except AlignvecError as refusal:
-                self._tried = str(refusal)
-        if self._tried:
-            raise AlignvecError(self._tried)
+                self._unplaced = str(refusal)
+        if isinstance(self._unplaced, str):
+            raise AlignvecError(self._unplaced)
+        for edit in self._unplaced:
+            if any(len({row[column] for row in rows}) > 1 for column in edit.vectors):
+                edit.refuse_rows()
 
     def _check_attached(self) -> None:
         if not self._attached:

@@ -123,8 +123,8 @@ class _Walk:
         device = execution_device(module)
         if "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):
             raise AlignvecError(
-                f"{path} has a forward that was put on the object (a patched kernel?), which would go past the vectors; "
-                "attach to the model as it was loaded"
+                f"{path} has a forward that was put on the object (a patched kernel?), which would go past the "
+                "vectors; attach to the model as it was loaded"
             )
         made = {name: self._deltas(module, name, full, columns, device) for name, full in edited.items()}
         return Edit(self.coefficients, columns, made, self.choices, device, path)

@@ -105,8 +105,8 @@ class Coefficients(NotPickled):
         self.names = tuple(names)
         self.max_rows = max_rows
         self.mixes: list[Values] = [(0.0,) * len(self.names)]
-        # Called before rows first differ; it raises AlignvecError where the model cannot have that.
-        self.before_rows: Callable[[], None] | None = None
+        # Called before rows differ; it raises AlignvecError where the model cannot have these.
+        self.before_rows: Callable[[Sequence[Values]], None] | None = None
         self._rows: tuple[Values, ...] = tuple(self.mixes)  # what is staged: one row where all are alike
         self._host = torch.zeros(max_rows, len(self.names), device="cpu")
         self._column = {name: i for i, name in enumerate(self.names)}
@@ -124,8 +124,8 @@ class Coefficients(NotPickled):
         self._reading = 0  # open steps that read the live tables
         self._backward: dict[int, list[Step]] = {}  # steps whose gradients are being computed, by autograd's graph task
 
-    def __deepcopy__(self, memo: dict[int, object]) -> Coefficients:
-        twin: Coefficients = super().__deepcopy__(memo, leave_out=("thread", "_backward"))
+    def __deepcopy__(self, memo: dict[int, Any], leave_out: Sequence[str] = ("thread", "_backward")) -> Coefficients:
+        twin: Coefficients = super().__deepcopy__(memo, leave_out)
         twin._settle()
         return twin
 
@@ -205,7 +205,7 @@ class Coefficients(NotPickled):
             )
         rows = _distinct(mixes)
         if len(rows) > 1:
-            self._prove_rows()
+            self._prove_rows(rows)
         self.end_abandoned()
         with publish_lock:
             self.mixes, self._rows = list(mixes), rows
@@ -294,7 +294,7 @@ class Coefficients(NotPickled):
         """
         rows = tuple(mixes)
         if len(rows) > 1:
-            self._prove_rows()
+            self._prove_rows(rows)
         self.end_abandoned()
         if self.step is not None:
             raise AlignvecError("a forward pass of this model is under way, inside of which it cannot be decoded")
@@ -334,19 +334,19 @@ class Coefficients(NotPickled):
             steps = self._backward.get(task) or [step for steps in self._backward.values() for step in steps]
         if not steps:
             raise AlignvecError(
-                "a layer is computed again in a backward pass whose forward pass did not go through the attached model, "
-                "so the mix of that pass is not known; compute the loss from the model's own outputs"
+                "a layer is computed again in a backward pass whose forward pass did not go through the attached "
+                "model, so the mix of that pass is not known; compute the loss from the model's own outputs"
             )
         if len({step.mixes for step in steps}) > 1:
             raise AlignvecError(
-                "a layer is computed again in a backward pass through several forward passes under different mixes, and "
-                "it is not known to which of them it belongs; call backward() for each, or do without checkpointing"
+                "a layer is computed again in a backward pass through several forward passes under different mixes, "
+                "and it is not known to which it belongs; call backward() for each, or do without checkpointing"
             )
         return steps[0].again()
 
-    def _prove_rows(self) -> None:
+    def _prove_rows(self, rows: Sequence[Values]) -> None:
         if self.before_rows is not None:
-            self.before_rows()
+            self.before_rows(rows)
 
     def _stage(self, device: torch.device) -> None:
         self._staged[device].copy_(self._host, len(self._rows))

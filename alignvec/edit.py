@@ -88,12 +88,14 @@ class Edit:
     path: the module's name in the model, for refusals.
     fused: the sibling layers that it is computed with, if there are any.
     order: how the module's inputs lie in a batch; None where nobody has tried.
+    unplaced: whether a trial of rows found that the inputs are not in the order of the batch, or did not get there.
     widens: the module's own forward runs in float32, on parameters in float32.
     entered: whether a trace of torch.compile is in that forward.
     """
 
     fused: Fused | None = None
     order: Order | None = None
+    unplaced = False
     widens = False
     entered = False
 
@@ -169,8 +171,8 @@ class Edit:
         deltas = self.deltas["weight"]
         if weight.shape != deltas.operands[0].shape:
             raise AlignvecError(
-                f"{self.path} has {weight.shape[0]} embeddings by now and its vectors {deltas.operands[0].shape[0]}: call "
-                "alignment.detach(), resize the model, and attach vectors of that vocabulary"
+                f"{self.path} has {weight.shape[0]} embeddings by now and its vectors {deltas.operands[0].shape[0]}; "
+                "call alignment.detach(), resize the model, and attach vectors of that vocabulary"
             )
         return ops.embedding(ids, weight, deltas.specs, deltas.parts, self.columns, table, rows, self.backend)
 
@@ -233,7 +235,7 @@ class Edit:
             if not step.alike(self.vectors):
                 self.refuse_reader(name)
             own = step if step.rows == 1 else step.first
-            return step.value((id(self), name), lambda: Mix.of(self._mixed(parameter, name, 1, *own.on(self.device))[0], parameter.dtype))
+            return step.value((id(self), name), lambda: Mix.of(self._only(parameter, name, own), parameter.dtype))
 
         return Unformed.of(parameter, form) if apart else form()
 
@@ -244,8 +246,8 @@ class Edit:
 
     def refuse_reader(self, name: str) -> NoReturn:
         raise AlignvecError(
-            f"code outside of {self.path} reads its {name}, which then cannot have different coefficients for the rows of "
-            "a batch; use set() instead of set_rows()"
+            f"code outside of {self.path} reads its {name}, which then cannot have different coefficients for the "
+            "rows of a batch; use set() instead of set_rows()"
         )
 
     def refuse_rows(self) -> NoReturn:
@@ -295,13 +297,15 @@ class Edit:
         coefficients = self.coefficients
         self._publish_traced()
         batch = coefficients.thread.traced_batch
-        if coefficients.thread.traced_depth == 0:
-            batch = None if coefficients.step is None else coefficients.step.batch
+        if batch is None and x.shape[0] == 1 and coefficients.step is not None:
+            batch = coefficients.step.batch
         if batch is not None and x.shape[0] != batch:
             if x.shape[0] == 1 and (not x.is_floating_point() or coefficients.rows > 1):
                 x = x.expand(batch, *x.shape[1:])
-            elif x.shape[0] % batch and coefficients.rows > 1:
+            elif coefficients.rows > 1 and x.shape[0] % batch:
                 self.refuse_rows()
+        if self.unplaced and coefficients.rows > 1 and coefficients.thread.traced_row is None:
+            self.refuse_rows()
         return x, *coefficients.traced(self.device)
 
     def _publish_traced(self) -> None:
@@ -313,6 +317,9 @@ class Edit:
     def _all_mixed(self, module: nn.Module, batch: int, table: Tensor, rows: Tensor) -> dict[str, Tensor]:
         parameters = {name: module._parameters[name] for name in self.deltas}
         return {name: self._mixed(p, name, batch, table, rows) for name, p in parameters.items() if p is not None}
+
+    def _only(self, parameter: Tensor, name: str, step: Step) -> Tensor:
+        return self._mixed(parameter, name, 1, *step.on(self.device))[0]
 
     def _mixed(self, parameter: Tensor, name: str, batch: int, table: Tensor, rows: Tensor) -> Tensor:
         deltas = self.deltas[name]

@@ -1,11 +1,11 @@
 """An edited parameter in the hands of code that is not ours: what it sees is the mix.
 
-Much code reads `module.weight` itself: a recurrent layer hands it to a kernel, a router multiplies by it, a helper method
-shifts by it. Inside a step such a read gives one of two tensors. A *mix* holds the mixed values, rounded to the parameter's
-dtype, and beside them in float32: torch's functions compute with the latter and round their result once, so that the
-coefficient is realised as exactly as by our operators; a foreign kernel that takes the memory itself gets the rounded
-values. An *unformed mix* stands for a parameter that code rarely reads for its values (`linear.weight.dtype`): it becomes
-a mix when it is used, and has no memory that a kernel could read unnoticed.
+Much code reads `module.weight` itself: a recurrent layer hands it to a kernel, a router multiplies by it, a helper
+method shifts by it. Inside a step such a read gives one of two tensors. `Mix` holds the mixed values rounded to the
+parameter's dtype, and beside them in float32: torch's functions compute with the latter and round their result once, so
+that the coefficient is realised as exactly as by our operators; a foreign kernel that takes the memory itself gets the
+rounded values. `Unformed` stands for a parameter that code rarely reads for its values (`linear.weight.dtype`): it
+becomes a mix when it is used, and has no memory that a kernel could read unnoticed.
 """
 
 from __future__ import annotations
@@ -21,10 +21,14 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from alignvec.errors import AlignvecError
 
 # What asks a tensor for no value. Properties are recognised by their getters.
-_PROPERTIES = ("device", "dtype", "grad", "grad_fn", "is_cpu", "is_cuda", "is_leaf", "is_meta", "is_sparse", "layout")
-_PROPERTIES += ("ndim", "requires_grad", "shape")
-_METHODS = ("dim", "element_size", "get_device", "is_complex", "is_contiguous", "is_floating_point", "is_inference")
-_METHODS += ("nelement", "numel", "size", "storage_offset", "stride", "__len__", "__hash__")
+_PROPERTIES = (
+    *("device", "dtype", "grad", "grad_fn", "is_cpu", "is_cuda", "is_leaf", "is_meta", "is_sparse", "layout", "ndim"),
+    *("requires_grad", "shape"),
+)
+_METHODS = (
+    *("dim", "element_size", "get_device", "is_complex", "is_contiguous", "is_floating_point", "is_inference"),
+    *("nelement", "numel", "size", "storage_offset", "stride", "__len__", "__hash__"),
+)
 _METADATA = {getattr(Tensor, name) for name in _METHODS} | {getattr(Tensor, name).__get__ for name in _PROPERTIES}
 _CASTS = ("float", "double", "to", "type")
 
@@ -39,7 +43,7 @@ class Mix(Tensor):
         """exact: float32 values. A plain tensor where the dtype holds them as they are."""
         if dtype == exact.dtype:
             return exact
-        made: Mix = torch.Tensor._make_subclass(Mix, exact.detach().to(dtype))  # type: ignore[assignment]
+        made: Mix = torch.Tensor._make_subclass(Mix, exact.detach().to(dtype))
         made.exact = exact
         return made
 
@@ -76,13 +80,13 @@ class Unformed(Tensor):
 
     form: Callable[[], Tensor]
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Unformed(size={tuple(self.shape)}, dtype={self.dtype})"
 
     @staticmethod
     def of(parameter: Tensor, form: Callable[[], Tensor]) -> Tensor:
         """form: gives the mix that takes its place."""
-        made: Unformed = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: Unformed = torch.Tensor._make_wrapper_subclass(
             Unformed,
             parameter.shape,
             strides=parameter.stride(),
@@ -105,7 +109,9 @@ class Unformed(Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> NoReturn:
         raise AlignvecError(
             f"{func} got a parameter that vectors edit, from code that does not call its module; materialise() the mix"
         )
@@ -126,6 +132,6 @@ def _widened(tensor: Tensor) -> Tensor:
 
 def _refuse_write(name: str) -> NoReturn:
     raise AlignvecError(
-        f"the model's code changes a parameter that vectors edit in its forward pass ({name}), so the base would change and "
-        "the vectors would not; switch that off in the model's configuration (rescale_every=0 of RWKV)"
+        f"the model's code changes a parameter that vectors edit in its forward pass ({name}): the base would change "
+        "and the vectors would not; switch that off in the model's configuration (rescale_every=0 of RWKV)"
     )

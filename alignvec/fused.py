@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from alignvec import ops
 
@@ -80,14 +80,18 @@ class Fused:
         stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
         return x._version, step, stream
 
+    def _parameter(self, name: str) -> list[nn.Parameter | None]:
+        return [member._parameters[name] for member in self.members]
+
     def _ready(self, x: Tensor, step: Step) -> bool:
         """Whether all can be computed now: few tokens in the batch's order, and no layer's weight elsewhere."""
-        biases = {member._parameters["bias"] is None for member in self.members}
+        biases = {bias is None for bias in self._parameter("bias")}
         edits = [member.edit for member in self.members]
         return (
             len(biases) == 1
             and x.numel() <= TOKENS * x.shape[-1]
-            and all(member._parameters["weight"].device == member.edit.device == x.device for member in self.members)
+            and all(weight is not None and weight.device == x.device for weight in self._parameter("weight"))
+            and all(edit.device == x.device for edit in edits)
             and (step.rows == 1 or all(edit.takes_rows(step, x) for edit in edits))
         )
 
@@ -96,8 +100,8 @@ class Fused:
         deltas = [edit.deltas["weight"] for edit in edits]
         y = ops.linear_group(
             x,
-            [member._parameters["weight"] for member in self.members],
-            [bias for member in self.members if (bias := member._parameters["bias"]) is not None],
+            self._parameter("weight"),
+            [bias for bias in self._parameter("bias") if bias is not None],
             [spec for own in deltas for spec in own.specs],
             [len(own.specs) for own in deltas],
             [part for own in deltas for part in own.parts],

@@ -269,14 +269,13 @@ def _broadcasts(module: Any, names: Iterable[str]) -> bool:
     generator = torch.Generator().manual_seed(0)
     mixed = {name: torch.randn(2, *p.shape, generator=generator) for name, p in parameters.items()}
     x = torch.randn(2, 3, max(size, 1), generator=generator)
-    plain = {name: p.detach().float().cpu() for name, p in module._parameters.items() if p is not None and not p.is_meta}
+    others = {name: p for name, p in module._parameters.items() if p is not None and name not in parameters}
+    plain = {name: p.detach().float().cpu() for name, p in others.items() if not p.is_meta}
     try:
         with torch.no_grad(), torch.device("cpu"):
             together = type(module).forward(_Substituted(module, plain | _broadcast(mixed, x)), x)
-            apart = [
-                type(module).forward(_Substituted(module, plain | {name: w[row] for name, w in mixed.items()}), x[row, None])
-                for row in range(2)
-            ]
+            rows = [plain | {name: w[row] for name, w in mixed.items()} for row in range(2)]
+            apart = [type(module).forward(_Substituted(module, own), x[r, None]) for r, own in enumerate(rows)]
         return torch.allclose(together, torch.cat(apart), 1e-5, 1e-6)
     except Exception:  # whatever it is, it is no such norm
         return False

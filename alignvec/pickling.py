@@ -14,8 +14,8 @@ class NotPickled:
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise AlignvecError(
-            "a model with vectors attached cannot be pickled: call model.alignment.detach() first, or keep the base with "
-            "model.save_pretrained() and the vectors with vector.save(), and attach them again after loading"
+            "a model with vectors attached cannot be pickled: call model.alignment.detach() first, or keep the base "
+            "with model.save_pretrained() and the vectors with vector.save(), and attach them again after loading"
         )
 
     def __deepcopy__(self, memo: dict[int, Any], leave_out: Sequence[str] = ()) -> Any:

@@ -1,11 +1,11 @@
 """Whether a model can give the rows of a batch different coefficients: found by trying, the first time they differ.
 
-Two rows of a few tokens, the second one padded, run through the model together and each alone, all under coefficients of
-0. A module whose inputs together are those of the one row followed by those of the other takes its tokens in the order of
-the batch, so that row r of the table belongs to the r-th part of them. Where tokens are sorted by expert, repeated, or
-laid out position by position they are not, whatever the weights are: the nearest module around that is given and gives
-back its tokens in order runs once for each row, and where there is none rows are refused by name. In the end two rows under
-different mixes are compared with each alone.
+Two rows of a few tokens, the second one padded, run through the model together and each alone, all under coefficients
+of 0. A module whose inputs together are those of the one row followed by those of the other takes its tokens in the
+order of the batch, so that row r of the table belongs to the r-th part of them. Where tokens are sorted by expert,
+repeated, or laid out position by position they are not, whatever the weights are: the nearest module around that is
+given and gives back its tokens in order runs once for each row, and where there is none rows are refused by name. In the
+end two rows under different mixes are compared with each alone.
 """
 
 from __future__ import annotations
@@ -37,12 +37,16 @@ class RowCheck:
     """One trial of a model. `block` makes a module run once for each row: it gives the edit to tell its order to."""
 
     def __init__(
-        self, model: nn.Module, coefficients: Coefficients, edits: Sequence[Edit], block: Callable[[nn.Module, str], Edit]
+        self,
+        model: nn.Module,
+        coefficients: Coefficients,
+        edits: Sequence[Edit],
+        block: Callable[[nn.Module, str], Edit],
     ) -> None:
         self.model, self.coefficients, self.edits, self._block = model, coefficients, edits, block
 
-    def run(self) -> None:
-        """Find out the order of every edited module's inputs.
+    def run(self) -> list[Edit]:
+        """Find out the order of every edited module's inputs; those that cannot have rows.
 
         Raises:
             AlignvecError: the model cannot be tried, or its rows do not come out as each does alone.
@@ -54,20 +58,25 @@ class RowCheck:
             alone = [self._forward(_row(inputs, row), [zero]) for row in range(2)]
             for edit in self.edits:
                 edit.order = _order(calls.get(edit), [own.get(edit) for _, own in alone])
-            self._enclose(inputs, zero)
+            unplaced = self._enclose(inputs, zero)
+            for edit in self.edits:
+                edit.unplaced = edit.order is None or not edit.order.batch_major
+            if unplaced:
+                return unplaced
             one: Values = (1.0,) * len(self.coefficients.names)
             try:
                 mixed, _ = self._forward(inputs, [one, zero])
             except AlignvecError:
-                return  # a module refuses rows, and does so by its name
+                return []  # what refuses rows then does so by its name whenever they come
             first, _ = self._forward(_row(inputs, 0), [one])
             noise = _difference(together, torch.cat([logits for logits, _ in alone]))
             error = _difference(mixed, torch.cat([first, alone[1][0]]))
             if not error <= NOISE * noise + 1e-4:
                 raise AlignvecError(
-                    f"rows with different coefficients come out of {type(self.model).__name__} other than each does alone "
-                    f"(by {error:.0%}); use set() instead of set_rows()"
+                    f"rows with different coefficients come out of {type(self.model).__name__} other than each does "
+                    f"alone (by {error:.0%}); use set() instead of set_rows()"
                 )
+            return []
 
     def _forward(self, inputs: dict[str, Tensor], mixes: Sequence[Values]) -> tuple[Tensor, Calls]:
         """The outputs, and what each edited module was called with. A row decodes a token more from its cache."""
@@ -81,8 +90,8 @@ class RowCheck:
             raise
         except Exception as error:
             raise AlignvecError(
-                f"{type(self.model).__name__} cannot be tried on a few tokens, which shows whether the rows of a batch can "
-                f"have different coefficients ({error}); use set() instead of set_rows()"
+                f"{type(self.model).__name__} cannot be tried on a few tokens, which shows whether the rows of a batch "
+                f"can have different coefficients ({error}); use set() instead of set_rows()"
             ) from error
         calls: Calls = defaultdict(list)
         for edit, values in recorded:
@@ -96,8 +105,8 @@ class RowCheck:
         vocabulary = getattr(get_text_config() if get_text_config else config, "vocab_size", None)
         if not isinstance(vocabulary, int):
             raise AlignvecError(
-                f"{type(self.model).__name__} has no vocabulary, so it is not known which row of a batch its inputs belong "
-                "to; use set() instead of set_rows()"
+                f"{type(self.model).__name__} has no vocabulary, so it is not known which row of a batch its inputs "
+                "belong to; use set() instead of set_rows()"
             )
         special = {value for value in _numbers(config) if value < vocabulary}
         plain = [token for token in range(min(vocabulary, 4096)) if token not in special] or [0]
@@ -115,8 +124,8 @@ class RowCheck:
             named["use_cache"] = False  # type: ignore[assignment]
         if "input_ids" not in named:
             raise AlignvecError(
-                f"{type(self.model).__name__} does not take input_ids, so it is not known which row of a batch its inputs "
-                "belong to; use set() instead of set_rows()"
+                f"{type(self.model).__name__} does not take input_ids, so it is not known which row of a batch its "
+                "inputs belong to; use set() instead of set_rows()"
             )
         return named
 
@@ -126,11 +135,12 @@ class RowCheck:
         device = next(iter(self.coefficients.devices)) if weight is None else weight.device
         return next(iter(self.coefficients.devices)) if device.type == "meta" else device
 
-    def _enclose(self, inputs: dict[str, Tensor], zero: Values) -> None:
-        """Around modules that get their tokens in another order, find modules that do not, and let these run by row."""
+    def _enclose(self, inputs: dict[str, Tensor], zero: Values) -> list[Edit]:
+        """Around modules that get their tokens in another order, find modules that do not, and let these run by row.
+        Those that none is found around."""
         failing = [edit for edit in self.edits if edit.order is not None and not edit.order.batch_major]
         if not failing:
-            return
+            return []
         around = _enclosing(self.model, failing)
         runs = [
             self._observed(own, zero, {module for modules in around.values() for _, module in modules})
@@ -146,7 +156,9 @@ class RowCheck:
                 if module not in blocks:
                     blocks[module] = self._block(module, path)
                     blocks[module].order = order
+                failing.remove(edit)
                 break
+        return failing
 
     def _observed(
         self, inputs: dict[str, Tensor], zero: Values, modules: set[nn.Module]
@@ -204,9 +216,8 @@ def _kind(together: Tensor, alone: list[Tensor]) -> str:
     if len(alone) != 2:
         return OTHER
     one, other = alone
-    if together.dim() and one.dim() and one.shape == other.shape and together.shape[1:] == one.shape[1:]:
-        if together.shape[0] == 2 * one.shape[0] and _difference(together, torch.cat(alone)) < SLACK:
-            return BATCH
+    if one.dim() and one.shape == other.shape and together.shape == (2 * one.shape[0], *one.shape[1:]):
+        return BATCH if _difference(together, torch.cat(alone)) < SLACK else OTHER
     if together.shape == one.shape == other.shape and max(_difference(together, part) for part in alone) < SLACK:
         return SHARED
     return OTHER

@@ -1,7 +1,7 @@
 """Modules that run by their own forward, once for each row of coefficients where these differ.
 
-Which inputs belong to which row is not guessed: an `Order`, found by trying (`rowcheck.py`), says of every tensor whether
-it lies in the order of the sequences of the batch or is the same for all of them.
+Which inputs belong to which row is not guessed: an `Order`, found by trying (`rowcheck.py`), says of every tensor
+whether it lies in the order of the sequences of the batch or is the same for all of them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Order:
 
 
 def mapped(value: Any, change: Callable[[str, Any], Any], place: str = "") -> Any:
-    """`change(place, item)` of everything in tuples, lists and dicts. Caches and other objects are items, never opened."""
+    """`change(place, item)` of all in tuples, lists and dicts. Caches and other objects are items, never opened."""
     if isinstance(value, tuple | list):
         items = [mapped(item, change, f"{place}[{number}]") for number, item in enumerate(value)]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
@@ -58,8 +58,8 @@ def named_tensors(value: Any) -> dict[str, Tensor]:
 
 
 def forward_by_row(view: Aligned, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The module's own forward; where the rows of the batch have different coefficients of its vectors, once for each row
-    with that row's share of the inputs.
+    """The module's own forward; where the rows of the batch have different coefficients of its vectors, once for each
+    row with that row's share of the inputs.
 
     Raises:
         AlignvecError: rows that differ in a module whose inputs are not known to lie in the batch's order, or that is

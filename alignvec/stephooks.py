@@ -21,8 +21,8 @@ _INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_em
 
 
 def _traced_only_inside(hook: Any) -> Any:
-    """torch.compile runs a compiled model's own hooks by themselves: they then run as they are, and are traced where they
-    are a part of what is compiled."""
+    """torch.compile runs a compiled model's own hooks by themselves: they then run as they are, and are traced where
+    they are a part of what is compiled."""
     skip_code(hook.__code__)
     return hook
 
@@ -41,10 +41,10 @@ class StepHooks:
         self.model, self._coefficients, self._swaps = model, coefficients, swaps
         self._handles = []
         for module in model.modules():
-            if module is model or isinstance(module, PreTrainedModel):
-                if any(isinstance(inner, Aligned) for inner in module.modules()):
-                    self._handles.append(module.register_forward_pre_hook(self._open, with_kwargs=True))
-                    self._handles.append(module.register_forward_hook(self._close, always_call=True))
+            whole = module is model or isinstance(module, PreTrainedModel)
+            if whole and any(isinstance(inner, Aligned) for inner in module.modules()):
+                self._handles.append(module.register_forward_pre_hook(self._open, with_kwargs=True))
+                self._handles.append(module.register_forward_hook(self._close, always_call=True))
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -57,8 +57,9 @@ class StepHooks:
         if not self._swaps.standing:  # a mix is materialised
             return
         if torch.compiler.is_compiling():
-            if coefficients.step is None and coefficients.thread.traced_depth == 0:
-                publish_traced(coefficients)
+            if coefficients.thread.traced_depth == 0:
+                if coefficients.step is None:
+                    publish_traced(coefficients)
                 coefficients.thread.traced_batch = _batch(args, kwargs)
             coefficients.thread.traced_depth += 1
         else:
@@ -84,7 +85,10 @@ class StepHooks:
     def _close(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         coefficients = self._coefficients
         if torch.compiler.is_compiling():
-            coefficients.thread.traced_depth -= self._swaps.standing
+            if self._swaps.standing:
+                coefficients.thread.traced_depth -= 1
+                if coefficients.thread.traced_depth == 0:
+                    coefficients.thread.traced_batch = None
         else:
             self._leave(module, output)
 

@@ -21,7 +21,7 @@ class Swap:
 
 
 class Swaps:
-    """The swaps of a model. Only our own views are taken away: what somebody put around or in the place of one stays."""
+    """The swaps of a model. Only our own views are taken away; what somebody put around one, or in its place, stays."""
 
     def __init__(self, model: nn.Module, swaps: Sequence[Swap]) -> None:
         self.model = model
@@ -60,8 +60,8 @@ class Swaps:
         for swap in self._swaps:
             if swap.aligned not in found:
                 raise AlignvecError(
-                    f"{swap.aligned.edit.path}, which vectors edit, was replaced after attach; call alignment.detach(), "
-                    "replace it, and attach vectors that fit"
+                    f"{swap.aligned.edit.path}, which vectors edit, was replaced after attach; call "
+                    "alignment.detach(), replace it, and attach vectors that fit"
                 )
 
     def run_by_row(self, module: nn.Module, path: str) -> Edit:

@@ -41,6 +41,6 @@ def no_gradients(inputs: tuple[Any, ...]) -> list[Any]:
 
 
 def unview(y: Tensor, *shape: int) -> Tensor:
-    """y in another shape, and for autograd no view: callers may write to a layer's result in place, as to torch's own."""
+    """y in another shape, no view for autograd: callers may write to a layer's result in place, as to torch's own."""
     result: Tensor = torch.ops.aten._unsafe_view(y, shape)
     return result

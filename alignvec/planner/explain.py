@@ -73,7 +73,7 @@ def plan(
         counts = Counter(_layers(alignment))
         rows = rows or _distinct(alignment)
         device = device or next(alignment.model.parameters()).device
-        choices = alignment._swaps[0].aligned.edit.choices
+        choices = next(iter(alignment._swaps)).aligned.edit.choices
         execution, precision = execution or choices[0], precision or choices[1]
     figures = find(str(device))
     plans = []
