@@ -106,9 +106,8 @@ class Base:
         if name not in self.names:
             raise AlignvecError(f"{self.label} has no parameter {name}: give the base that belongs to the adapter")
         stored = self.names[name]
-        found: Tensor | TensorInfo = self._parameters[name]
-        if isinstance(self.source, StoredSource):
-            found = self.source.tensors.get(stored, found)
+        in_file = self.source.tensors.get(stored) if isinstance(self.source, StoredSource) else None
+        found: Tensor | TensorInfo = in_file or self._parameters[name]
         if not found.dtype.is_floating_point:
             raise AlignvecError(
                 f"{name} is {found.dtype} in {self.label}, which is quantised: give the base in floating point"
@@ -133,6 +132,10 @@ class Base:
             return self.source[stored].cpu()
         info = self.source.tensors[stored]
         return self.source.read(stored, 0, info.numel).view(info.shape)
+
+    def adaptable(self, path: str) -> bool:
+        """Whether there is a module of a kind that LoRA is read of."""
+        return path in self._modules and kind_of(self._modules[path]) is not None
 
     def kind(self, path: str) -> str:
         """ "linear", "conv1d" or "embedding". AlignvecError for a module of another kind, or none."""

@@ -92,7 +92,9 @@ def lora_config(config: Mapping[str, Any], label: str) -> LoraConfig:
             try:
                 re.compile(key)
             except re.error as error:
-                raise AlignvecError(f"adapter {label} has a {name} whose {key!r} is no expression ({error})") from None
+                raise AlignvecError(
+                    f"adapter {label} has {key!r} in {name}, which is no expression ({error})"
+                ) from None
     known = LoraConfig.__dataclass_fields__
     options = {name: config[name] for name in READ if config.get(name) is not None and name in known}
     try:

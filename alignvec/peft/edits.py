@@ -77,8 +77,8 @@ def read_edits(model: nn.Module, base: Base, label: str, *, stored: bool = False
     edits = Edits()
     for path, module in wrappers.modules(model, replaced=False):
         for adapter in active(path, module):
-            if wrappers.trained_copy(module) is not None:
-                _add_copy(edits, path, wrappers.trained_copy(module), label, base)
+            if (copy := wrappers.trained_copy(module)) is not None:
+                _add_copy(edits, path, copy, label, base)
             elif wrappers.is_layer(module):
                 _add_layer(edits, path, module, adapter, base, label if stored else None)
     return edits
@@ -118,7 +118,9 @@ def _add_layer(edits: Edits, path: str, layer: Any, adapter: str, base: Base, st
     label = stored or adapter
     if isinstance(layer, TrainableTokensLayer):
         indices = torch.as_tensor(layer.token_indices[adapter], dtype=torch.int64)
-        edits.rows[f"{path}.weight"].append((indices, _tensor(layer.trainable_tokens_delta[adapter], path, label)))
+        edits.rows[f"{path}.weight"].append(
+            (indices, _tensor(layer.trainable_tokens_delta[adapter], f"{path}.trainable_tokens_delta", label))
+        )
         return
     variant = getattr(layer, "lora_variant", {}).get(adapter)
     if not isinstance(layer, LoraLayer) or (variant is not None and type(variant).__name__ not in PLAIN_VARIANTS):
@@ -126,10 +128,12 @@ def _add_layer(edits: Edits, path: str, layer: Any, adapter: str, base: Base, st
         raise AlignvecError(f"adapter {label} is a {kind} on {path}, not a plain LoRA: {MERGE_INSTEAD}")
     embedding = adapter in layer.lora_embedding_A
     matrices = (layer.lora_embedding_A, layer.lora_embedding_B) if embedding else (layer.lora_A, layer.lora_B)
-    a, b = (held[adapter] if embedding else held[adapter].weight for held in matrices)
-    if stored is not None and a.is_meta and b.is_meta:
+    pair: list[Any] = [held[adapter] if embedding else held[adapter].weight for held in matrices]
+    if stored is not None and all(factor.is_meta for factor in pair):
         return
-    a, b = _tensor(a, path, label), _tensor(b, path, label)
+    if stored is not None and any(factor.is_meta for factor in pair):
+        raise AlignvecError(f"adapter {label} has no two matrices A [r, in] and B [out, r] for {path}")
+    a, b = (_tensor(factor, f"{path}.lora_{key}", label) for key, factor in zip("AB", pair, strict=True))
     scale = float(layer.scaling[adapter])
     if not math.isfinite(scale):
         raise AlignvecError(f"adapter {label} has the scale {scale} on {path}: it has to be a finite number")
@@ -149,12 +153,13 @@ def _add_layer(edits: Edits, path: str, layer: Any, adapter: str, base: Base, st
     if scale and a.any() and b.any():
         b = scaled(b, scale)
         edits.factors[f"{path}.weight"].append((a, b) if kind == "linear" else (b.T, a.T))  # (B A)^T = A^T B^T
-    if not embedding and (bias := layer.lora_B[adapter].bias) is not None:
-        bias = _tensor(bias, path, label)
+    bias: Any = None if embedding else layer.lora_B[adapter].bias
+    if bias is not None:
+        offset = _tensor(bias, f"{path}.lora_B.bias", label)
         if f"{path}.bias" not in base.names:
             raise AlignvecError(f"adapter {label} adds a bias to {path}, which has none in {base.label}")
-        if scale and bias.any():
-            edits.dense[f"{path}.bias"].append(scaled(bias, scale))
+        if scale and offset.any():
+            edits.dense[f"{path}.bias"].append(scaled(offset, scale))
 
 
 def _add_copy(edits: Edits, path: str, copy: nn.Module, label: str, base: Base) -> None:
@@ -179,17 +184,15 @@ def _add_copy(edits: Edits, path: str, copy: nn.Module, label: str, base: Base) 
 
 def _tensor(value: Tensor, where: str, adapter: str) -> Tensor:
     if value.is_meta:
-        raise AlignvecError(
-            f"adapter {adapter} lacks a tensor of {where}: give the whole adapter, with its weights loaded"
-        )
+        raise AlignvecError(f"adapter {adapter} lacks {where}, or has not loaded it: give the whole adapter")
     if not value.is_floating_point():
-        raise AlignvecError(f"adapter {adapter} is {value.dtype} on {where}: it has to be floating point")
+        raise AlignvecError(f"adapter {adapter} has {where} in {value.dtype}: it has to be floating point")
     return value.detach().cpu()
 
 
 def _require_shape(edits: Edits, name: str, base: Base, label: str) -> None:
     shape = base.shape(name)
-    shapes = [(b.shape[0], a.shape[1]) for a, b in edits.factors.get(name, [])]
+    shapes: list[tuple[int, ...]] = [(b.shape[0], a.shape[1]) for a, b in edits.factors.get(name, [])]
     shapes += [tuple(delta.shape) for delta in edits.dense.get(name, [])]
     if wrong := next((held for held in shapes if held != shape), None):
         raise AlignvecError(

@@ -22,12 +22,14 @@ class LiveAdapters:
 
     def __init__(self, model: Any) -> None:
         self.model: nn.Module = wrappers.without_wrapper(model)
-        self.configs: dict[str, Any] = getattr(model, "peft_config", None) or getattr(self.model, "peft_config", {})
+        self.configs: dict[str, Any] = getattr(self.model, "peft_config", None) or getattr(model, "peft_config", {})
         if not isinstance(self.configs, dict) or not self.configs:
             raise AlignvecError(
                 f"{type(model).__name__} is no PeftModel and no model with adapters: give one, or an adapter's folder"
             )
-        names = dict.fromkeys(name for path, module in wrappers.modules(self.model) for name in active(path, module))
+        names = dict.fromkeys(
+            name for path, module in wrappers.modules(self.model, replaced=False) for name in active(path, module)
+        )
         for name in names or self.configs:
             if name in self.configs:
                 require_plain(self.configs[name].to_dict(), name)
@@ -49,9 +51,6 @@ class LiveAdapters:
         asked = {getattr(config, "bias", "none") for config in self.configs.values()}
         own = dict(wrappers.modules(self.model))
         layers = {path for path, module in wrappers.modules(self.model) if wrappers.is_layer(module)}
-        return {
-            f"{path}.bias": module._parameters["bias"].detach().cpu()
-            for path, module in own.items()
-            if module._parameters.get("bias") is not None
-            and ("all" in asked or ("lora_only" in asked and path in layers))
-        }
+        trained = own if "all" in asked else layers if "lora_only" in asked else ()
+        held = {path: own[path]._parameters.get("bias") for path in trained}
+        return {f"{path}.bias": bias.detach().cpu() for path, bias in held.items() if bias is not None}

@@ -47,16 +47,17 @@ def from_peft(adapter: str | Path | nn.Module, base: str | Path | nn.Module | No
         live = LiveAdapters(adapter)
         known, label = live.base() if base is None else Base.open(base), live.label
         edits = read_edits(live.model, known, label)
-        edits.whole.update(live.biases())
+        edits.whole = live.biases() | edits.whole
         named = True
     else:
         from alignvec.peft.stored import StoredAdapter
 
         stored = StoredAdapter(adapter)
-        known, label, named = stored.base() if base is None else Base.open(base), stored.label, base is not None
+        known = stored.base() if base is None else stored.checkpoint_layout(Base.open(base))
+        label, named = stored.label, base is not None
         model, whole = stored.put_into(known)
         edits = read_edits(model, known, label, stored=True)
-        edits.whole.update(whole)
+        edits.whole = whole | edits.whole
     return _vector(edits, known, label, named)
 
 

@@ -17,7 +17,7 @@ from alignvec.errors import AlignvecError
 from alignvec.peft import wrappers
 from alignvec.peft.base import CONFIG, PREFIX, STEM, Base
 from alignvec.peft.config import lora_config, require_plain
-from alignvec.sources import local_path
+from alignvec.sources import StoredSource, local_path
 
 NAME = "default"  # of the adapter in the copy
 FACTOR = re.compile(r"(?P<path>.+)\.lora_((?P<matrix>[AB])\.weight|(?P<bias>B\.bias)|(?P<embedding>embedding_[AB]))")
@@ -37,7 +37,7 @@ class StoredAdapter:
         self.lora = lora_config(self.config, self.label)
         checkpoint = Checkpoint.open(folder, stem=STEM)
         self.tensors = {
-            name.removeprefix(PREFIX): checkpoint.tensor(name)
+            name.removeprefix(PREFIX).replace("_orig_mod.", ""): checkpoint.tensor(name)  # torch.compile's prefix
             for name in checkpoint.tensors
             if not name.endswith(TRAINING)
         }
@@ -45,9 +45,13 @@ class StoredAdapter:
     def base(self) -> Base:
         """What is known of the base without it: the modules that have low-rank factors, and their shapes."""
         if self.lora.target_parameters:
-            first = sorted(self.lora.target_parameters)[0]
+            listed = ", ".join(sorted(self.lora.target_parameters))
             raise AlignvecError(
-                f"adapter {self.label} edits the parameter {first}: give the base, which says its layout"
+                f"adapter {self.label} has target_parameters ({listed}): give the base, to know their shapes"
+            )
+        if self.lora.trainable_token_indices is not None:
+            raise AlignvecError(
+                f"adapter {self.label} has trainable_token_indices: give the base to take the difference from"
             )
         found: dict[str, dict[str, Tensor]] = {}
         for key, value in self.tensors.items():
@@ -62,9 +66,36 @@ class StoredAdapter:
                 )
         layers = {path: self._layer(path, factors) for path, factors in found.items()}
         self.tensors = {key: value for key, value in self.tensors.items() if FACTOR.fullmatch(key)}
-        model = wrappers.grown(layers, self.label)
+        model = nn.Module()
+        wrappers.grow(model, layers, self.label)
         names = {name: name for name, _ in model.named_parameters()}
-        return Base(model, dict(model.named_parameters()), names, f"the base of {self.label}")
+        return Base(model, dict(model.named_parameters()), names, "the modules that it edits")
+
+    def checkpoint_layout(self, base: Base) -> Base:
+        """The base with linear layers for tensors of its files that the live model joins, if the adapter names such.
+
+        Adapters of models that had one layer an expert are then read as they were trained, by the checkpoint's names.
+        """
+        if not isinstance(base.source, StoredSource) or self.lora.target_parameters:
+            return base
+        found = {match["path"] for key in self.tensors if (match := FACTOR.fullmatch(key)) and match["matrix"]}
+        names = {f"{path}.weight": path for path in sorted(found) if not base.adaptable(path)}
+        stored = base.source.tensors
+        joined = {path: stored[name].shape for name, path in names.items() if name in stored}
+        if not joined or any(len(shape) != 2 for shape in joined.values()):
+            return base
+        with torch.device("meta"):
+            layers: dict[str, nn.Module] = {
+                path: nn.Linear(shape[1], shape[0], bias=False) for path, shape in joined.items()
+            }
+        model = wrappers.without_values(base.model)
+        vars(model).pop("config", None)  # by which PEFT would join them
+        kept = {live: name for live, name in base.names.items() if name not in names}
+        for live in base.names.keys() - kept.keys():
+            above, _, leaf = live.rpartition(".")[0].rpartition(".")
+            model.get_submodule(above)._modules.pop(leaf, None)
+        wrappers.grow(model, layers, self.label)
+        return Base(model, base.source, {**kept, **{f"{path}.weight": f"{path}.weight" for path in joined}}, base.label)
 
     def _layer(self, path: str, factors: Mapping[str, Tensor]) -> nn.Module:
         embedding = "embedding_A" in factors or "embedding_B" in factors
@@ -90,7 +121,12 @@ class StoredAdapter:
                 self._inject(model)
                 tensors = self._converted(model)
         except Exception as error:
-            raise AlignvecError(f"PEFT does not load adapter {self.label} onto {base.label}: {error}") from error
+            reason = str(error).strip().partition("\n")[0]
+            raise AlignvecError(
+                f"PEFT does not load adapter {self.label} onto {base.label} ({reason}): mend {CONFIG}, or "
+                f"{self._other_base(base)}"
+            ) from error
+        self._require_same_scales(tensors, base)
         slots, own = _slots(model), _own_parameters(model)
         whole: dict[str, Tensor] = {}
         for key, value in tensors.items():
@@ -121,15 +157,49 @@ class StoredAdapter:
             )
         return {key.removeprefix(PREFIX): value for key, value in converted.items()}
 
-    def _require_shape(self, key: str, value: Tensor, expected: Tensor, base: Base) -> None:
-        if value.shape != expected.shape and ".lora_" in key:
+    def _require_same_scales(self, converted: Mapping[str, Tensor], base: Base) -> None:
+        """Raises AlignvecError where PEFT joins experts' tensors and does not give them the scale that they had."""
+        joined = {key.partition(".lora_")[0] for key in self.tensors.keys() - converted.keys()}
+        patterns = [*(self.config.get("rank_pattern") or {}), *(self.config.get("alpha_pattern") or {})]
+        named = any(re.match(rf"(.*\.)?({key})$", path) for key in patterns for path in joined)
+        if joined and (self.lora.use_rslora or named):
+            lost = "rank_pattern or alpha_pattern" if named else "the scale of use_rslora"
             raise AlignvecError(
-                f"adapter {self.label} holds {key} as {list(value.shape)}, and PEFT makes it {list(expected.shape)} on "
-                f"{base.label} by {CONFIG}: give the adapter's own base, or mend r or rank_pattern"
+                f"adapter {self.label} edits {min(joined)} by itself, which {base.label} has joined with others, and "
+                f"PEFT loses {lost} when it joins them: {self._other_base(base)}"
             )
+
+    def _require_shape(self, key: str, value: Tensor, expected: Tensor, base: Base) -> None:
+        if value.shape == expected.shape or ".lora_" not in key:
+            return
+        path, _, leaf = key.partition(".lora_")
+        if self.lora.target_parameters or value.dim() != expected.dim():
+            raise AlignvecError(
+                f"adapter {self.label} holds {key} as {list(value.shape)}, and on {base.label} {CONFIG} makes it "
+                f"{list(expected.shape)}: give the adapter's own base"
+            )
+        at = {"A.weight": 0, "B.weight": 1, "embedding_A": 0, "embedding_B": 1}.get(leaf)
+        if at is not None and value.shape[at] != expected.shape[at]:
+            raise AlignvecError(
+                f"adapter {self.label} says that {path} has rank {expected.shape[at]}, but it holds {value.shape[at]}: "
+                "mend r or rank_pattern"
+            )
+
+    def _other_base(self, base: Base) -> str:
+        """What to do about an adapter that does not go onto a base."""
+        live = dict(wrappers.modules(base.model))
+        own = all(key.partition(".lora_")[0] in live for key in self.tensors if ".lora_" in key)
+        if own or isinstance(base.source, StoredSource):
+            return "give the adapter's own base"
+        return "give the adapter's own base, as files if its experts are layers of their own in them"
 
     def _refuse(self, key: str, base: Base) -> None:
         path = key.partition(".lora_")[0]
+        if key not in self.tensors:
+            raise AlignvecError(
+                f"PEFT joins tensors of adapter {self.label} to {key}, which it does not load onto {base.label}: "
+                f"{self._other_base(base)}"
+            )
         if path != key and ".base_layer" not in path and path not in dict(wrappers.modules(base.model)):
             raise AlignvecError(
                 f"adapter {self.label} holds {key}, and {base.label} has no module {path}: give the adapter's own base"

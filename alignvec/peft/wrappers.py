@@ -16,9 +16,11 @@ LEFT_OUT = ("forward", "_hf_hook", "_old_forward", "peft_config", "_hf_peft_conf
 
 
 def without_wrapper(model: nn.Module) -> nn.Module:
-    """The model that `torch.compile`, a `PeftModel` or a PEFT tuner was put around; any other model as it is."""
+    """The model inside of `torch.compile`, data parallelism, a `PeftModel` or a PEFT tuner; any other as it is."""
     while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
         model = inner
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return without_wrapper(model.module)
     if "peft" not in sys.modules:
         return model
     from peft import PeftMixedModel, PeftModel
@@ -132,18 +134,18 @@ def without_values(model: nn.Module) -> nn.Module:
     return copied(model)
 
 
-def grown(layers: dict[str, nn.Module], label: str) -> nn.Module:
-    """A model that has nothing but these modules, by path: what is known of an adapter's base without the base."""
-    root = nn.Module()
+def grow(root: nn.Module, layers: dict[str, nn.Module], label: str) -> None:
+    """Puts layers into a model by their paths, with empty modules above them where there are none."""
     for path, layer in layers.items():
         parent = root
         *above, leaf = path.split(".")
         try:
             for name in above:
-                if name not in parent._modules:
+                if parent._modules.get(name) is None:
                     parent.add_module(name, nn.Module())
                 parent = parent.get_submodule(name)
+            if leaf in parent._modules:
+                del parent._modules[leaf]
             parent.add_module(leaf, layer)
         except KeyError as error:
             raise AlignvecError(f"adapter {label} edits {path}, which names no module ({error})") from None
-    return root
