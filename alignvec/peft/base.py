@@ -144,7 +144,7 @@ class Base:
         kind = kind_of(self._modules[path])
         if kind is None:
             raise AlignvecError(
-                f"{path} is a {type(self._modules[path]).__name__}, and LoRA is read of linear layers, Conv1D and "
+                f"{path} is a {type(self._modules[path]).__name__}, and LoRA is known of linear layers, Conv1D and "
                 f"embeddings: {MERGE_INSTEAD}"
             )
         return kind

@@ -17,7 +17,7 @@ from torch import nn
 peft = pytest.importorskip("peft")
 
 from alignvec.errors import AlignvecError  # noqa: E402
-from alignvec.peft import from_peft  # noqa: E402
+from alignvec.peft import from_peft, to_peft  # noqa: E402
 from tests.storage.adapters import assert_same, change, expected, randomise, saved  # noqa: E402
 
 COMMON = dict(
@@ -105,6 +105,15 @@ def test_experts_saved_whole_need_the_loaded_base(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "base")
     with pytest.raises(AlignvecError, match=r"experts\.\w+ under one name: give the loaded model"):
         from_peft(folder, tmp_path / "base")
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "GptOss"])
+def test_vectors_of_experts_and_routers_go_out_whole(family: str, tmp_path: Path) -> None:
+    model = tiny(family)
+    options = dict(target_parameters=targets(model), init_lora_weights=False)
+    vector = from_peft(peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules=["q_proj"], **options)))
+    to_peft(vector, tmp_path / "out", model)
+    assert_same(model, vector, peft.PeftModel.from_pretrained(copy.deepcopy(model), str(tmp_path / "out")))
 
 
 def earlier(model: nn.Module, folder: Path, **options: Any) -> tuple[Path, dict[str, torch.Tensor]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -171,3 +172,10 @@ def test_quantised_layers_are_named_as_such(tmp_path: Path) -> None:
     layer.weight = torch.nn.Parameter(torch.zeros(48 * 48 // 2, 1, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(AlignvecError, match=r"q_proj\.weight is torch\.uint8 .* quantised"):
         from_peft(folder, base)
+
+
+def test_without_the_peft_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = saved(adapted(tiny(), target_modules=["q_proj"]), tmp_path / "adapter")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(AlignvecError, match="pip install peft"):
+        from_peft(folder)
