@@ -27,7 +27,8 @@ def to_peft(
     """Write a low-rank vector as a LoRA adapter that `PeftModel.from_pretrained` loads onto the base.
 
     Low-rank deltas become LoRA with `lora_alpha = r`, dense deltas of the same modules' biases its `lora_bias`. Dense
-    deltas of other modules are added to the base's values and stored whole, as `modules_to_save`.
+    deltas of other modules, and low-rank ones of modules that LoRA is not known of (routers), are added to the base's
+    values and stored whole, as `modules_to_save`.
 
     Args:
         base: the vector's base, a checkpoint or a live model. Needed for `modules_to_save`, and for models with Conv1D
@@ -45,7 +46,7 @@ def to_peft(
     ranks: dict[str, int] = {}
     kinds = set()
     for name in vector:
-        if vector.format_of(name).name == "low-rank":
+        if vector.format_of(name).name == "low-rank" and not _whole(live[name], known):
             path, kind, factors = _factors(vector, name, live[name], known)
             ranks[path] = next(iter(factors.values())).shape[0]
             kinds.add(kind)
@@ -79,6 +80,11 @@ def to_peft(
     with output_folder(output, overwrite=overwrite) as folder:
         save_file({PREFIX + key: value.contiguous() for key, value in state.items()}, folder / f"{STEM}.safetensors")
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _whole(live: str, base: Base | None) -> bool:
+    """Whether a low-rank delta has to be stored as whole values: it is of no layer that LoRA is known of (a router)."""
+    return base is not None and not base.adaptable(live.rpartition(".")[0])
 
 
 def _factors(vector: AlignmentVector, name: str, live: str, base: Base | None) -> tuple[str, str, dict[str, Tensor]]:
@@ -133,7 +139,7 @@ def _add_modules(
         spec = vector.format_of(name)
         if path in ranks and leaf in ("weight", "bias"):
             continue
-        if spec.name != "dense" or path in ranks:
+        if path in ranks or (spec.name != "dense" and not (spec.name == "low-rank" and _whole(live[name], base))):
             raise AlignvecError(
                 f"{name} is stored as {spec}, which no LoRA holds: convert the vector to low-rank first"
             )

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 peft = pytest.importorskip("peft")
 
@@ -21,40 +19,9 @@ from alignvec.fingerprint import identify  # noqa: E402
 from alignvec.formats import Encoded, encode  # noqa: E402
 from alignvec.peft import from_peft, to_peft  # noqa: E402
 from tests.models import tiny  # noqa: E402
+from tests.storage.adapters import ATTENTION, adapted, assert_same, expected, saved  # noqa: E402
 
-ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 TOKENS = torch.arange(3, 27).view(2, 12)
-
-
-def adapted(model: nn.Module, **options: Any) -> nn.Module:
-    """A PeftModel on a copy of `model`, every trained tensor random."""
-    config = peft.LoraConfig(**{"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, **options})
-    wrapped = peft.get_peft_model(copy.deepcopy(model), config).eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in wrapped.named_parameters():
-            if any(word in name for word in ("lora_", "modules_to_save")) or parameter.requires_grad:
-                parameter += torch.randn(parameter.shape, generator=generator).to(parameter) * 0.05
-    return wrapped
-
-
-def expected(wrapped: nn.Module) -> dict[str, torch.Tensor]:
-    return dict(copy.deepcopy(wrapped).merge_and_unload().named_parameters())
-
-
-def assert_same(model: nn.Module, vector: AlignmentVector, wrapped: nn.Module) -> None:
-    """base + vector is what peft merges, and nothing else changed."""
-    merged = expected(wrapped)
-    for name, parameter in model.named_parameters():
-        total = parameter.double() + vector[name].double() if name in vector else parameter.double()
-        torch.testing.assert_close(
-            total, merged[name].double(), rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
-        )
-
-
-def saved(wrapped: nn.Module, path: Path) -> Path:
-    wrapped.save_pretrained(path)
-    return path
 
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -216,83 +183,6 @@ def test_an_encoded_vector_is_exported_without_its_base(tmp_path: Path) -> None:
     assert (config["r"], config["lora_alpha"]) == (3, 3)
     assert config["rank_pattern"] == config["alpha_pattern"] == {r"model\.layers\.1\.self_attn\.k_proj": 5}
     assert_same(model, vector, peft.PeftModel.from_pretrained(copy.deepcopy(model), str(tmp_path / "adapter")))
-
-
-def change(folder: Path, **options: Any) -> None:
-    file = folder / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | options))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (dict(use_dora=True), "use_dora"),
-        (dict(alora_invocation_tokens=[1, 2]), "alora_invocation_tokens"),
-        (dict(trainable_token_indices=[3]), "trainable_token_indices"),
-        (dict(target_parameters=["experts.down_proj"]), "target_parameters"),
-        (dict(layer_replication=[[0, 1], [0, 2]]), "layer_replication"),
-        (dict(kasa_config={"beta": 1e-4}), "kasa_config"),
-        (dict(init_lora_weights="pissa"), "init_lora_weights='pissa'"),
-        (dict(peft_type="LOHA"), "of type LOHA"),
-        (dict(r=3), "has rank 3, but it holds 4"),
-        (dict(lora_alpha=-1), "has to be positive"),
-        (dict(lora_alpha=None), "has to be positive"),
-        (dict(alpha_pattern={"(": 3}), "no expression"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_what_is_no_plain_lora_is_refused_by_name(options: dict[str, Any], message: str, tmp_path: Path) -> None:
-    folder = saved(adapted(tiny(), target_modules=["q_proj"]), tmp_path / "adapter")
-    change(folder, **options)
-    with pytest.raises(AlignvecError, match=message.replace("(", r"\(")):
-        from_peft(folder)
-
-
-def test_variants_made_by_peft_are_refused(tmp_path: Path) -> None:
-    dora = saved(adapted(tiny(), target_modules=["q_proj"], use_dora=True), tmp_path / "dora")
-    with pytest.raises(AlignvecError, match="use_dora"):
-        from_peft(dora)
-    change(dora, use_dora=False)
-    with pytest.raises(AlignvecError, match="lora_magnitude_vector"):
-        from_peft(dora)
-    merged = adapted(tiny(), target_modules=["q_proj"])
-    merged.merge_adapter()
-    with pytest.raises(AlignvecError, match="merged"):
-        from_peft(merged)
-    with pytest.raises(AlignvecError, match="biases in place"):
-        from_peft(adapted(tiny("Llama"), target_modules=["q_proj"], bias="all"))
-    with pytest.raises(AlignvecError, match="no PeftModel"):
-        from_peft(tiny())
-
-
-def test_damaged_adapters_are_refused(tmp_path: Path) -> None:
-    folder = saved(adapted(tiny(), target_modules=["q_proj"]), tmp_path / "adapter")
-    file = folder / "adapter_model.safetensors"
-    tensors = load_file(file)
-    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
-    for broken, message in (
-        ({name: value for name, value in tensors.items() if name != key}, "no two matrices"),
-        (tensors | {key: torch.full_like(tensors[key], math.nan)}, "NaN"),
-        (tensors | {key: tensors[key][:5].clone()}, r"as \[5, 48\], in .* it is \[48, 48\]"),
-        ({name: torch.zeros_like(value) for name, value in tensors.items()}, "changes nothing"),
-    ):
-        save_file(broken, file)
-        with pytest.raises(AlignvecError, match=message):
-            from_peft(folder, tiny())
-    (folder / "adapter_config.json").unlink()
-    with pytest.raises(AlignvecError, match=r"holds no adapter_config\.json"):
-        from_peft(folder)
-
-
-def test_whole_weights_need_a_base_that_fits(tmp_path: Path) -> None:
-    wrapped = adapted(tiny(), target_modules=["q_proj"], modules_to_save=["lm_head"])
-    folder = saved(wrapped, tmp_path / "adapter")
-    with pytest.raises(AlignvecError, match=r"holds lm_head\.weight whole: give the base"):
-        from_peft(folder)
-    with pytest.raises(AlignvecError, match=r"lm_head\.weight is \[101, 48\] in adapter"):
-        from_peft(folder, tiny(vocab_size=96))
-    with pytest.raises(AlignvecError, match=r"has no module"):
-        from_peft(folder, tiny(num_hidden_layers=1))
 
 
 def test_what_no_adapter_can_hold_is_not_exported(tmp_path: Path) -> None:

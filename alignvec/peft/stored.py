@@ -1,0 +1,248 @@
+"""A stored adapter as PEFT would load it: put into a copy of the base that has no values."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from alignvec.checkpoint import Checkpoint, read_json
+from alignvec.errors import AlignvecError
+from alignvec.peft import wrappers
+from alignvec.peft.base import CONFIG, PREFIX, STEM, Base
+from alignvec.peft.config import lora_config, require_plain
+from alignvec.sources import StoredSource, local_path
+
+NAME = "default"  # of the adapter in the copy
+FACTOR = re.compile(r"(?P<path>.+)\.lora_((?P<matrix>[AB])\.weight|(?P<bias>B\.bias)|(?P<embedding>embedding_[AB]))")
+TRAINING = (".lora_velora_embed",)  # statistics that only training reads
+
+
+class StoredAdapter:
+    """An adapter's folder, read and checked as far as that goes without its base."""
+
+    def __init__(self, path: str | Path) -> None:
+        folder = local_path(path)
+        if not (folder / CONFIG).is_file():
+            raise AlignvecError(f"{folder} is no PEFT adapter: it holds no {CONFIG}")
+        self.label = Path(path).name
+        self.config: dict[str, Any] = read_json(folder / CONFIG)
+        require_plain(self.config, self.label)
+        self.lora = lora_config(self.config, self.label)
+        checkpoint = Checkpoint.open(folder, stem=STEM)
+        self.tensors = {
+            name.removeprefix(PREFIX).replace("_orig_mod.", ""): checkpoint.tensor(name)  # torch.compile's prefix
+            for name in checkpoint.tensors
+            if not name.endswith(TRAINING)
+        }
+
+    def base(self) -> Base:
+        """What is known of the base without it: the modules that have low-rank factors, and their shapes."""
+        if self.lora.target_parameters:
+            listed = ", ".join(sorted(self.lora.target_parameters))
+            raise AlignvecError(
+                f"adapter {self.label} has target_parameters ({listed}): give the base, to know their shapes"
+            )
+        if self.lora.trainable_token_indices is not None:
+            raise AlignvecError(
+                f"adapter {self.label} has trainable_token_indices: give the base to take the difference from"
+            )
+        found: dict[str, dict[str, Tensor]] = {}
+        for key, value in self.tensors.items():
+            if match := FACTOR.fullmatch(key):
+                leaf = match["matrix"] or match["bias"] or match["embedding"]
+                found.setdefault(match["path"], {})[leaf] = value
+            elif ".lora_" in key:
+                raise AlignvecError(f"adapter {self.label} holds {key}, which is no part of a plain LoRA")
+            elif not key.endswith(".base_layer.weight"):  # that is a copy of the base's own
+                raise AlignvecError(
+                    f"adapter {self.label} holds {key} whole: give the base to take the difference from"
+                )
+        layers = {path: self._layer(path, factors) for path, factors in found.items()}
+        self.tensors = {key: value for key, value in self.tensors.items() if FACTOR.fullmatch(key)}
+        model = nn.Module()
+        wrappers.grow(model, layers, self.label)
+        names = {name: name for name, _ in model.named_parameters()}
+        return Base(model, dict(model.named_parameters()), names, "the modules that it edits")
+
+    def checkpoint_layout(self, base: Base) -> Base:
+        """The base with linear layers for tensors of its files that the live model joins, if the adapter names such.
+
+        Adapters of models that had one layer an expert are then read as they were trained, by the checkpoint's names.
+        """
+        if not isinstance(base.source, StoredSource) or self.lora.target_parameters:
+            return base
+        found = {match["path"] for key in self.tensors if (match := FACTOR.fullmatch(key)) and match["matrix"]}
+        names = {f"{path}.weight": path for path in sorted(found) if not base.adaptable(path)}
+        stored = base.source.tensors
+        joined = {path: stored[name].shape for name, path in names.items() if name in stored}
+        if not joined or any(len(shape) != 2 for shape in joined.values()):
+            return base
+        with torch.device("meta"):
+            layers: dict[str, nn.Module] = {
+                path: nn.Linear(shape[1], shape[0], bias=False) for path, shape in joined.items()
+            }
+        model = wrappers.without_values(base.model)
+        vars(model).pop("config", None)  # by which PEFT would join them
+        kept = {live: name for live, name in base.names.items() if name not in names}
+        for live in base.names.keys() - kept.keys():
+            above, _, leaf = live.rpartition(".")[0].rpartition(".")
+            model.get_submodule(above)._modules.pop(leaf, None)
+        wrappers.grow(model, layers, self.label)
+        return Base(model, base.source, {**kept, **{f"{path}.weight": f"{path}.weight" for path in joined}}, base.label)
+
+    def _layer(self, path: str, factors: Mapping[str, Tensor]) -> nn.Module:
+        embedding = "embedding_A" in factors or "embedding_B" in factors
+        a, b = (factors.get(f"embedding_{key}" if embedding else key) for key in "AB")
+        if a is None or b is None or a.dim() != 2 or b.dim() != 2:
+            raise AlignvecError(f"adapter {self.label} has no two matrices A [r, in] and B [out, r] for {path}")
+        with torch.device("meta"):
+            if embedding:
+                return nn.Embedding(a.shape[1], b.shape[0])
+            if self.lora.fan_in_fan_out:
+                return Conv1D(b.shape[0], a.shape[1])
+            return nn.Linear(a.shape[1], b.shape[0])
+
+    def put_into(self, base: Base) -> tuple[nn.Module, dict[str, Tensor]]:
+        """A copy of the base's model with the adapter in it, and values in the place of the base's own, by live names.
+
+        Raises AlignvecError for what PEFT refuses, tensors of a wrong shape, and tensors that PEFT would not load.
+        """
+        model = wrappers.without_values(base.model)
+        try:
+            with warnings.catch_warnings(), torch.device("meta"):
+                warnings.simplefilter("ignore")
+                self._inject(model)
+                tensors = self._converted(model)
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise AlignvecError(
+                f"PEFT does not load adapter {self.label} onto {base.label} ({reason}): mend {CONFIG}, or "
+                f"{self._other_base(base)}"
+            ) from error
+        self._require_same_scales(tensors, base)
+        slots, own = _slots(model), _own_parameters(model)
+        whole: dict[str, Tensor] = {}
+        for key, value in tensors.items():
+            place = slots.get(key) or slots.get(key.replace(".modules_to_save.", "."))
+            if place is not None:
+                self._require_shape(key, value, place[0][place[1]], base)
+                place[0][place[1]] = nn.Parameter(value, requires_grad=False)
+            elif key in own:
+                whole[own[key]] = value
+            else:
+                self._refuse(key, base)
+        return model, whole
+
+    def _inject(self, model: nn.Module) -> None:
+        from peft import inject_adapter_in_model
+
+        inject_adapter_in_model(self.lora, model, NAME)
+
+    def _converted(self, model: nn.Module) -> dict[str, Tensor]:
+        """The adapter's tensors by PEFT's names for them: those of one expert each, of earlier models, are joined."""
+        try:
+            from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+        except ImportError:
+            return self.tensors
+        with torch.device("cpu"):
+            converted = convert_peft_adapter_state_dict_for_transformers(
+                model, self.lora, {PREFIX + key: value for key, value in self.tensors.items()}, NAME
+            )
+        return {key.removeprefix(PREFIX): value for key, value in converted.items()}
+
+    def _require_same_scales(self, converted: Mapping[str, Tensor], base: Base) -> None:
+        """Raises AlignvecError where PEFT joins experts' tensors and does not give them the scale that they had."""
+        joined = {key.partition(".lora_")[0] for key in self.tensors.keys() - converted.keys()}
+        patterns = [*(self.config.get("rank_pattern") or {}), *(self.config.get("alpha_pattern") or {})]
+        named = any(re.match(rf"(.*\.)?({key})$", path) for key in patterns for path in joined)
+        if joined and (self.lora.use_rslora or named):
+            lost = "rank_pattern or alpha_pattern" if named else "the scale of use_rslora"
+            raise AlignvecError(
+                f"adapter {self.label} edits {min(joined)} by itself, which {base.label} has joined with others, and "
+                f"PEFT loses {lost} when it joins them: {self._other_base(base)}"
+            )
+
+    def _require_shape(self, key: str, value: Tensor, expected: Tensor, base: Base) -> None:
+        if value.shape == expected.shape or ".lora_" not in key:
+            return
+        path, _, leaf = key.partition(".lora_")
+        if self.lora.target_parameters or value.dim() != expected.dim():
+            raise AlignvecError(
+                f"adapter {self.label} holds {key} as {list(value.shape)}, and on {base.label} {CONFIG} makes it "
+                f"{list(expected.shape)}: give the adapter's own base"
+            )
+        at = {"A.weight": 0, "B.weight": 1, "embedding_A": 0, "embedding_B": 1}.get(leaf)
+        if at is not None and value.shape[at] != expected.shape[at]:
+            raise AlignvecError(
+                f"adapter {self.label} says that {path} has rank {expected.shape[at]}, but it holds {value.shape[at]}: "
+                "mend r or rank_pattern"
+            )
+
+    def _other_base(self, base: Base) -> str:
+        """What to do about an adapter that does not go onto a base."""
+        live = dict(wrappers.modules(base.model))
+        own = all(key.partition(".lora_")[0] in live for key in self.tensors if ".lora_" in key)
+        if own or isinstance(base.source, StoredSource):
+            return "give the adapter's own base"
+        return "give the adapter's own base, as files if its experts are layers of their own in them"
+
+    def _refuse(self, key: str, base: Base) -> None:
+        path = key.partition(".lora_")[0]
+        if key not in self.tensors:
+            raise AlignvecError(
+                f"PEFT joins tensors of adapter {self.label} to {key}, which it does not load onto {base.label}: "
+                f"{self._other_base(base)}"
+            )
+        if path != key and ".base_layer" not in path and path not in dict(wrappers.modules(base.model)):
+            raise AlignvecError(
+                f"adapter {self.label} holds {key}, and {base.label} has no module {path}: give the adapter's own base"
+            )
+        raise AlignvecError(
+            f"adapter {self.label} holds {key}, which PEFT does not load onto {base.label} with the adapter's "
+            f"configuration: mend {CONFIG} (target_modules, for one), or take the tensor out"
+        )
+
+
+def _slots(model: nn.Module) -> dict[str, tuple[Any, str]]:
+    """Where each tensor of a stored adapter belongs, by its name: a dictionary of tensors and the key in it."""
+    from peft.tuners.lora import LoraLayer
+
+    slots: dict[str, tuple[Any, str]] = {}
+
+    def add(prefix: str, module: nn.Module) -> None:
+        for path, inner in module.named_modules(prefix=prefix):
+            slots.update({f"{path}.{leaf}": (inner._parameters, leaf) for leaf in inner._parameters})
+            slots.update({f"{path}.{leaf}": (inner._buffers, leaf) for leaf in inner._buffers})
+
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            for group in ("lora_A", "lora_B"):
+                if NAME in getattr(module, group):
+                    add(f"{path}.{group}", getattr(module, group)[NAME])
+            for group in ("lora_embedding_A", "lora_embedding_B"):
+                if NAME in getattr(module, group):
+                    slots[f"{path}.{group}"] = (getattr(module, group)._parameters, NAME)
+        elif wrappers.is_copied(module):
+            add(path, module.modules_to_save[NAME])
+        elif hasattr(module, "token_adapter"):
+            held = module.token_adapter.trainable_tokens_delta
+            slots[f"{path}.token_adapter.trainable_tokens_delta"] = (held._parameters, NAME)
+    return slots
+
+
+def _own_parameters(model: nn.Module) -> dict[str, str]:
+    """Names of the base's own parameters with PEFT's wrappers in them, to their live names."""
+    plain = {id(module): path for path, module in wrappers.modules(model)}
+    return {
+        f"{path}.{leaf}": f"{plain[id(module)]}.{leaf}"
+        for path, module in model.named_modules()
+        for leaf, value in module._parameters.items()
+        if value is not None and id(module) in plain
+    }
