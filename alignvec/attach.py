@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,6 +23,9 @@ from alignvec.names import Delta, live_deltas, parameter_names, parameter_value
 from alignvec.swaps import Swap
 from alignvec.vector import AlignmentVector
 from alignvec.verify import verify_base
+
+# Where torch itself keeps parameters: in dictionaries of its own, and of recurrent layers in a list that views replace.
+_OWN_REFERENCES = ("_parameters", "_buffers", "_modules", "_flat_weights")
 
 
 def attach(
@@ -64,6 +68,7 @@ def attach(
         ("backend", backend, planner.BACKENDS),
     ):
         planner.check_choice(option, value, allowed)
+    model = unwrapped(model)
     if getattr(model, "alignment", None) is not None:
         raise AlignvecError("vectors are already attached to this model; call model.alignment.detach() first")
     if not 1 <= len(vectors) <= MAX_VECTORS:
@@ -104,6 +109,7 @@ class _Walk:
 
     def swaps(self) -> list[Swap]:
         """One swap for each module that owns an edited parameter; the model itself is not touched."""
+        self._require_no_second_reference()
         paths: dict[nn.Module, str] = {}
         for path, module in self.model.named_modules():
             paths.setdefault(module, path)
@@ -112,6 +118,23 @@ class _Walk:
             for module, path in paths.items()
             if (edit := self._edit(module, path)) is not None
         ]
+
+    def _require_no_second_reference(self) -> None:
+        """Raise AlignvecError where a module keeps an edited parameter in an attribute of another kind, too."""
+        parameters = dict(self.model.named_parameters())
+        edited = {id(parameters[full]): full for deltas in self.deltas for full in deltas}
+        for path, module in self.model.named_modules():
+            for name, value in module.__dict__.items():
+                if name in _OWN_REFERENCES:
+                    continue
+                items = list(value.values()) if isinstance(value, dict) else value
+                for item in items if isinstance(items, list | tuple) else [items]:
+                    if isinstance(item, nn.Parameter) and id(item) in edited:
+                        raise AlignvecError(
+                            f"{path or type(module).__name__}.{name} holds {edited[id(item)]}, which vectors edit, and "
+                            "code that reads it there would see the base; leave that tensor out with "
+                            "vector.select(exclude=...)"
+                        )
 
     def _edit(self, module: nn.Module, path: str) -> Edit | None:
         """What the vectors do to the parameters that `module` itself owns, or None."""
@@ -150,6 +173,27 @@ class _Walk:
                 ]
                 self._made[key] = Deltas(operands, transposed=transposed)
         return self._made[key]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of what torch.compile, DistributedDataParallel and PEFT put around it.
+
+    Raises:
+        AlignvecError: nn.DataParallel, which copies its modules for every call.
+    """
+    inner: Any = model
+    while True:
+        if isinstance(inner, nn.DataParallel):
+            raise AlignvecError("nn.DataParallel copies modules for every call; use DistributedDataParallel instead")
+        if isinstance(inner, nn.parallel.DistributedDataParallel):
+            inner = inner.module
+        elif hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
+        elif hasattr(inner, "peft_config") and hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
+        else:
+            found: nn.Module = inner
+            return found
 
 
 def _fuse(model: nn.Module, swaps: Sequence[Swap]) -> None:

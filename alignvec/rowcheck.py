@@ -4,8 +4,8 @@ Two rows of a few tokens, the second one padded, run through the model together 
 of 0. A module whose inputs together are those of the one row followed by those of the other takes its tokens in the
 order of the batch, so that row r of the table belongs to the r-th part of them. Where tokens are sorted by expert,
 repeated, or laid out position by position they are not, whatever the weights are: the nearest module around that is
-given and gives back its tokens in order runs once for each row, and where there is none rows are refused by name. In the
-end two rows under different mixes are compared with each alone.
+given and gives back its tokens in order runs once for each row, and where there is none rows are refused by name. At
+last two rows under different mixes are compared with each alone.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class RowCheck:
             ) from error
         calls: Calls = defaultdict(list)
         for edit, values in recorded:
-            calls[edit].append(named_tensors(values))
+            calls[edit].append(None if values is None else named_tensors(values))
         first = output[0] if isinstance(output, tuple) else next(v for v in output.values() if isinstance(v, Tensor))
         return first, calls
 
@@ -191,10 +191,13 @@ def _enclosing(model: nn.Module, edits: Sequence[Edit]) -> dict[Edit, list[tuple
 
 
 def _order(together: list[dict[str, Tensor]] | None, alone: Sequence[list[dict[str, Tensor]] | None]) -> Order | None:
-    """The order of a module's tensors over all of its calls; None where it was not called."""
+    """The order of a module's tensors over all of its calls; None where it was not called.
+
+    A call that is None is none: other code has read the module's parameters.
+    """
     if not together:
         return None
-    if any(own is None or len(own) != len(together) for own in alone):
+    if any(own is None or len(own) != len(together) for own in alone) or None in together:
         return Order(False)
     found: dict[str, tuple[str, int]] = {}
     for number, call in enumerate(together):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from functools import partial
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch._dynamo.eval_frame import skip_code
 
 from alignvec.coefficients import Coefficients
 from alignvec.edit import publish_traced
+from alignvec.errors import AlignvecError
 from alignvec.modules import Aligned
 from alignvec.roworder import named_tensors
 from alignvec.swaps import Swaps
@@ -45,10 +46,15 @@ class StepHooks:
             if whole and any(isinstance(inner, Aligned) for inner in module.modules()):
                 self._handles.append(module.register_forward_pre_hook(self._open, with_kwargs=True))
                 self._handles.append(module.register_forward_hook(self._close, always_call=True))
+                if hasattr(module, "resize_token_embeddings"):
+                    module.__dict__["resize_token_embeddings"] = _refuse_resize
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
+        for module in self.model.modules():
+            if module.__dict__.get("resize_token_embeddings") is _refuse_resize:
+                del module.__dict__["resize_token_embeddings"]
         self._handles.clear()
 
     @_traced_only_inside
@@ -106,6 +112,13 @@ class StepHooks:
             for tensor in named_tensors(output).values():
                 if tensor.requires_grad:
                     tensor.register_hook(partial(_backward, coefficients, step))
+
+
+def _refuse_resize(*_: Any, **__: Any) -> NoReturn:
+    raise AlignvecError(
+        "vectors are attached, which have the vocabulary that the model has now: call model.alignment.detach(), "
+        "resize, and attach vectors of the new vocabulary"
+    )
 
 
 def _caller() -> FrameType | None:

@@ -39,7 +39,7 @@ class Swaps:
     def put_views(self) -> None:
         """Let the views stand where the originals do."""
         _put(self.model, {swap.original: swap.aligned for swap in self._swaps})
-        self._find()
+        self._places = self._find()
         self.standing = True
 
     def put_originals(self) -> list[str]:
@@ -56,13 +56,15 @@ class Swaps:
                 break
         else:
             return
-        found = self._find()
+        places = self._find()
+        found = {aligned for _, _, aligned in places}
         for swap in self._swaps:
             if swap.aligned not in found:
                 raise AlignvecError(
                     f"{swap.aligned.edit.path}, which vectors edit, was replaced after attach; call "
                     "alignment.detach(), replace it, and attach vectors that fit"
                 )
+        self._places = places
 
     def run_by_row(self, module: nn.Module, path: str) -> Edit:
         """Let a module run once for each row of coefficients."""
@@ -74,15 +76,14 @@ class Swaps:
         self.put_views()
         return edit
 
-    def _find(self) -> set[nn.Module]:
+    def _find(self) -> list[tuple[nn.Module, str, nn.Module]]:
         views = {swap.aligned for swap in self._swaps}
-        self._places = [
+        return [
             (parent, name, child)
             for parent in self.model.modules()
             for name, child in parent._modules.items()
             if child in views
         ]
-        return {aligned for _, _, aligned in self._places}
 
 
 def _put(model: nn.Module, wanted: Mapping[nn.Module, nn.Module]) -> set[nn.Module]:

@@ -1,0 +1,183 @@
+"""Parameters that code reads past the module's forward: what it sees is the mix, or the model is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import alignvec
+from alignvec import AlignvecError
+from tests.compilers import BACKENDS
+from tests.models import merged
+from tests.tuned import IDS, built, error, tuned, with_vector
+
+LINEAR = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8)
+BOTH = {"layer_types": ["linear_attention", "full_attention"]}
+READING: list[tuple[str, dict[str, Any]]] = [
+    ("Qwen3_5TextConfig", {**LINEAR, **BOTH}),
+    ("Qwen3NextConfig", {**LINEAR, **BOTH, "num_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2}
+     | {"shared_expert_intermediate_size": 16}),
+    ("MambaConfig", {"state_size": 4}),
+    ("Mamba2Config", {"state_size": 4, "num_heads": 8, "head_dim": 8, "expand": 2, "n_groups": 1, "chunk_size": 4}),
+    ("Lfm2Config", {"layer_types": ["conv", "full_attention"], "conv_L_cache": 3}),
+    ("RwkvConfig", {"attention_hidden_size": 32, "context_length": 64, "rescale_every": 0}),
+    ("RecurrentGemmaConfig", {"lru_width": 32, "block_types": ["recurrent", "attention"]}),
+    ("DogeConfig", {}),
+    ("ApertusConfig", {"hidden_act": "xielu"}),
+]
+
+
+@pytest.mark.parametrize(("config", "options"), READING, ids=[config for config, _ in READING])
+@torch.no_grad()
+def test_what_a_forward_reads_is_the_mix(config: str, options: dict[str, Any]) -> None:
+    model = built(config, **options)
+    base, aligned, alignment = with_vector(model)
+    half = merged(base, {"v": alignvec.extract(base, aligned)}, {"v": 0.5}).float()
+    for coefficient, truth in ((1, aligned), (0.5, half), (0, base), (1, aligned)):
+        alignment.set(v=coefficient)
+        assert error(model(IDS).logits, truth(IDS).logits) < 1e-4
+    how = dict(max_new_tokens=6, do_sample=False)
+    assert torch.equal(model.generate(IDS, **how), aligned.generate(IDS, **how)), "also what it keeps of earlier tokens"
+    alignment.detach()
+    assert torch.equal(model(IDS).logits, base(IDS).logits)
+
+
+class Readers(nn.Module):
+    """Every way of reading a parameter that models have, in one layer."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(size, size, 3, groups=size, padding=2)
+        self.up = nn.Linear(size, size)
+        self.shift = nn.Parameter(torch.randn(size))
+        self.rnn = nn.GRU(size, size, batch_first=True)
+
+    def helper(self, x: Tensor) -> Tensor:
+        return x * self.shift.to(x.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.up.weight.dtype)
+        weight = self.conv.weight.squeeze(1)
+        y = F.conv1d(x.mT, weight[:, None], self.conv.bias, groups=weight.shape[0], padding=2)[..., : x.shape[1]].mT
+        y = y + torch.addmm(self.up.bias, x.flatten(0, 1), self.up.weight.t()).view_as(x)
+        return self.helper(y) + self.rnn(x)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_every_way_of_reading(dtype: torch.dtype) -> None:
+    """In 16 bits the mix is not rounded before it is used: the error is that of the base's own arithmetic."""
+    model = built("LlamaConfig")
+    model.model.layers[0].mlp = Readers(32)
+    model = model.to(dtype)
+    base, aligned = model, tuned(model)
+    vector = alignvec.extract(base, aligned)
+    wide = merged(base, {"v": vector}, {"v": 0.3})
+    rounding = error(base(IDS).logits, merged(base, {}, {})(IDS).logits)
+    alignvec.attach(model, {"v": vector}).set(v=0.3)
+    assert error(model(IDS).logits, wide(IDS).logits) < max(2 * rounding, 1e-5)
+
+
+def test_gradients_reach_what_is_read() -> None:
+    model = built("LlamaConfig")
+    model.model.layers[0].mlp = Readers(32)
+    _, aligned, alignment = with_vector(model)
+    alignment.set(v=1)
+    for net in (model, aligned):
+        net(IDS).logits.square().mean().backward()
+    wanted = {name: parameter.grad for name, parameter in aligned.named_parameters()}
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_readers(backend: str) -> None:
+    model = built("LlamaConfig")
+    model.model.layers[0].mlp = Readers(32)
+    model.model.layers[0].mlp.rnn = nn.Identity()  # not for torch.compile
+    model.model.layers[0].mlp.forward = None
+    del model.model.layers[0].mlp.forward
+    model.model.layers[0].mlp.__class__ = type("NoRecurrence", (Readers,), {"forward": _without_recurrence})
+    base, aligned, alignment = with_vector(model)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        for coefficient, truth in ((1, aligned), (0, base), (1, aligned)):
+            alignment.set(v=coefficient)
+            assert error(compiled(IDS, use_cache=False).logits, truth(IDS).logits) < 1e-5
+    torch._dynamo.reset()
+
+
+def _without_recurrence(self: Readers, x: Tensor) -> Tensor:
+    weight = self.conv.weight.squeeze(1)
+    y = F.conv1d(x.mT, weight[:, None], self.conv.bias, groups=weight.shape[0], padding=2)[..., : x.shape[1]].mT
+    return self.helper(y + F.linear(x, self.up.weight, self.up.bias))
+
+
+class Reading(nn.Module):
+    """A layer without parameters of its own that multiplies by those of its parts."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(size, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.up.weight, self.up.bias)
+
+
+@pytest.mark.parametrize("layer", [Readers, Reading])
+@torch.no_grad()
+def test_rows_of_a_layer_that_reads_run_one_by_one(layer: type[nn.Module]) -> None:
+    torch.manual_seed(3)
+    model = built("LlamaConfig")
+    model.model.layers[0].mlp = layer(32)
+    base, aligned, alignment = with_vector(model)
+    alignment.set_rows([{"v": 1}, {"v": 0}])
+    truth = torch.stack([aligned(IDS).logits[0], base(IDS).logits[1]])
+    assert error(model(IDS).logits, truth) < 1e-5
+
+
+@torch.no_grad()
+def test_rows_of_a_layer_that_keeps_a_state_are_refused_by_name() -> None:
+    """Without a cache it runs row by row; with one it cannot."""
+    model = built("Qwen3_5TextConfig", **LINEAR, **BOTH)
+    base, aligned, alignment = with_vector(model)
+    alignment.set_rows([{"v": 1}, {"v": 0}])
+    truth = torch.stack([aligned(IDS).logits[0], base(IDS).logits[1]])
+    assert error(model(IDS, use_cache=False).logits, truth) < 1e-5
+    with pytest.raises(AlignvecError, match=r"model\.layers\.0\.linear_attn .*instead of set_rows.*use_cache=False"):
+        model(IDS)
+    alignment.set(v=0)
+    assert error(model(IDS).logits, base(IDS).logits) < 1e-5
+
+
+@torch.no_grad()
+def test_a_forward_that_writes_to_a_parameter_is_refused() -> None:
+    model = built("RwkvConfig", attention_hidden_size=32, context_length=64, rescale_every=1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    _, _, alignment = with_vector(model)
+    alignment.set(v=1)
+    with pytest.raises(AlignvecError, match="rescale_every"):
+        model(IDS)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_second_reference_to_a_parameter_is_refused_at_attach() -> None:
+    model = built("LlamaConfig")
+    model.model.layers[0].mlp.kept = [model.model.layers[0].mlp.up_proj.weight]
+    with pytest.raises(AlignvecError, match=r"model\.layers\.0\.mlp\.kept holds model\.layers\.0\.mlp\.up_proj\.weight"):
+        with_vector(model)
+
+
+@torch.no_grad()
+def test_a_forward_put_on_the_object_is_refused_at_attach() -> None:
+    model = built("LlamaConfig")
+    layer = model.model.layers[0].mlp.up_proj
+    vector = alignvec.extract(model, tuned(model))
+    layer.forward = lambda x: F.linear(x, layer.weight)
+    with pytest.raises(AlignvecError, match=r"model\.layers\.0\.mlp\.up_proj has a forward that was put on the object"):
+        alignvec.attach(model, {"v": vector})
+    assert not any("Aligned" in type(module).__name__ for module in model.modules())

@@ -1,0 +1,182 @@
+"""A row's mix follows its row through what reorders tokens, or rows are refused by the module's name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import alignvec
+from alignvec import AlignvecError
+from tests.models import random_vector
+from tests.tuned import IDS, built, error, with_vector
+
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+LLAMA4 = {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 48, "interleave_moe_layer_step": 1}
+MIXED: list[tuple[str, dict[str, Any]]] = [
+    ("LlamaConfig", {}),
+    ("MixtralConfig", EXPERTS),
+    ("Qwen3MoeConfig", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
+    ("Llama4TextConfig", {**LLAMA4, "no_rope_layers": [1, 0]}),  # tokens repeated for every expert
+    ("GPTNeoXConfig", {}),
+    ("OPTConfig", {"ffn_dim": 48, "word_embed_proj_dim": 32}),  # positions of their own
+    ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4}),  # positions that all rows share
+    ("CohereConfig", {}),  # a norm of its own
+    ("ApertusConfig", {"hidden_act": "xielu"}),  # an activation with parameters
+    ("BertConfig", {"is_decoder": True}),
+]
+
+
+@pytest.mark.parametrize(("config", "options"), MIXED, ids=[config for config, _ in MIXED])
+@torch.no_grad()
+def test_rows_are_those_of_each_alone(config: str, options: dict[str, Any]) -> None:
+    model = built(config, **options)
+    base, aligned, alignment = with_vector(model)
+    alignment.set_rows([{"v": 1}, {"v": 0}])
+    truth = torch.stack([aligned(IDS).logits[0], base(IDS).logits[1]])
+    assert error(model(IDS).logits, truth) < 1e-5
+    four = IDS.repeat_interleave(2, 0)
+    assert error(model(four).logits, truth.repeat_interleave(2, 0)) < 1e-5
+    alignment.set(v=1)
+    assert error(model(IDS).logits, aligned(IDS).logits) < 1e-5
+
+
+class TokenSubsets(nn.Module):
+    """As models in remote code do: each expert is called with the tokens that chose it."""
+
+    def __init__(self, experts: int, size: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(size, experts, bias=False)
+        self.experts = nn.ModuleList(nn.Linear(size, size) for _ in range(experts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        chosen = self.gate(flat).argmax(-1)
+        y = torch.zeros_like(flat)
+        for number, expert in enumerate(self.experts):
+            own = (chosen == number).nonzero().view(-1)
+            if len(own):
+                y[own] = expert(flat[own])
+        return y.view_as(x)
+
+
+class PositionFirst(nn.Module):
+    """A layer that computes on [tokens, batch, features]."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(size, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x.transpose(0, 1)).transpose(0, 1)
+
+
+@pytest.mark.parametrize("layer", [TokenSubsets(4, 32), PositionFirst(32)], ids=["token-subsets", "position-first"])
+@torch.no_grad()
+def test_layers_that_reorder_tokens_run_row_by_row(layer: nn.Module) -> None:
+    model = built("LlamaConfig")
+    model.model.layers[0].mlp = layer
+    base, aligned, alignment = with_vector(model)
+    kinds = {name: type(module) for name, module in model.named_modules()}
+    alignment.set_rows([{"v": 1}, {"v": 0}])
+    truth = torch.stack([aligned(IDS).logits[0], base(IDS).logits[1]])
+    assert error(model(IDS).logits, truth) < 1e-5
+    how = dict(max_new_tokens=5, do_sample=False)
+    wanted = torch.stack([aligned.generate(IDS[:1], **how)[0], base.generate(IDS[1:], **how)[0]])
+    assert torch.equal(model.generate(IDS, **how), wanted)
+    alignment.set(v=1)
+    assert error(model(IDS).logits, aligned(IDS).logits) < 1e-5
+    alignment.detach()
+    assert error(model(IDS).logits, base(IDS).logits) == 0
+    assert not any("Aligned" in type(module).__name__ for module in model.modules()), kinds
+
+
+@torch.no_grad()
+def test_a_model_that_is_position_first_is_refused_by_name() -> None:
+    torch.manual_seed(0)
+    config = transformers.XLNetConfig(vocab_size=96, d_model=32, n_layer=2, n_head=4, d_inner=48)
+    model = transformers.XLNetLMHeadModel(config).eval()
+    base, aligned, alignment = with_vector(model)
+    alignment.set(v=1)
+    assert error(model(IDS).logits, aligned(IDS).logits) < 1e-5
+    with pytest.raises(AlignvecError, match=r"transformer\.\w+.* set\(\) instead of set_rows"):
+        alignment.set_rows([{"v": 1}, {"v": 0}])
+    assert alignment.coefficients == {"v": 1.0}
+    assert error(model(IDS).logits, aligned(IDS).logits) < 1e-5
+
+
+@torch.no_grad()
+def test_arguments_that_belong_to_no_row() -> None:
+    """A router's correction bias has as many values as the batch has sequences."""
+    model = built("MiniMaxM2Config", num_local_experts=8, num_experts_per_tok=2, intermediate_size=32)
+    for name, value in [*model.named_buffers(), *model.named_parameters()]:
+        if "correction_bias" in name:
+            value.data.copy_(torch.linspace(-1, 1, 8))
+    base, aligned, alignment = with_vector(model)
+    ids = torch.randint(3, 90, (8, 6), generator=torch.Generator().manual_seed(1))
+    alignment.set_rows([{"v": 1}, {"v": 0}] * 4)
+    truth = torch.stack([(base if row % 2 else aligned)(ids).logits[row] for row in range(8)])
+    assert error(model(ids).logits, truth) < 1e-5
+
+
+LLAVA = dict(
+    text_config=dict(model_type="llama", vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1)
+    | dict(num_attention_heads=4, num_key_value_heads=2, pad_token_id=0),
+    vision_config=dict(model_type="clip_vision_model", hidden_size=16, intermediate_size=24, num_hidden_layers=2)
+    | dict(num_attention_heads=2, image_size=8, patch_size=4, projection_dim=16),
+    image_token_index=95,
+)
+
+
+def llava() -> tuple[nn.Module, dict[str, Tensor]]:
+    """A model that sees, and a batch of one sequence with two images and one with none: four patches an image."""
+    torch.manual_seed(0)
+    config = transformers.LlavaConfig(**LLAVA, vision_feature_layer=-1)
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    ids = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(0))
+    ids[0, 1:9] = 95
+    return model, {"input_ids": ids, "pixel_values": torch.randn(2, 3, 8, 8)}
+
+
+@torch.no_grad()
+def test_images_under_one_mix_and_under_several() -> None:
+    model, batch = llava()
+    _, aligned, alignment = with_vector(model)
+    alignment.set(v=1)
+    assert error(model(**batch).logits, aligned(**batch).logits) < 1e-5
+    alignment.set_rows([{"v": 1}, {"v": 0}])
+    with pytest.raises(AlignvecError, match=r"vision_tower.*set\(\) instead of set_rows"):
+        model(**batch)
+
+
+@torch.no_grad()
+def test_rows_of_a_model_whose_tower_is_the_same_for_all() -> None:
+    """Only the language model is edited: images do not matter to rows."""
+    model, batch = llava()
+    base, aligned, alignment = with_vector(model, only="language_model")
+    alignment.set_rows([{"v": 1}, {"v": 0}])
+    truth = torch.stack([aligned(**batch).logits[0], base(**batch).logits[1]])
+    assert error(model(**batch).logits, truth) < 1e-5
+
+
+@torch.no_grad()
+def test_rows_that_are_alike_need_no_order() -> None:
+    model, batch = llava()
+    _, aligned, alignment = with_vector(model)
+    alignment.set_rows([{"v": 1}, {"v": 1}])
+    assert error(model(**batch).logits, aligned(**batch).logits) < 1e-5
+    assert alignment.coefficients == [{"v": 1.0}, {"v": 1.0}]
+
+
+@torch.no_grad()
+def test_the_trial_leaves_the_model_as_it_was() -> None:
+    model = built("LlamaConfig").train()
+    alignment = alignvec.attach(model, {"v": random_vector(model, 1)})
+    model.model.layers[0].eval()
+    training = {name: module.training for name, module in model.named_modules()}
+    alignment.set_rows([{"v": 1}, {"v": 0}])
+    assert {name: module.training for name, module in model.named_modules()} == training
+    assert all(parameter.grad is None for parameter in model.parameters())
