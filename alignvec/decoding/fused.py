@@ -31,7 +31,13 @@ _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _MLP = {"gate_proj", "up_proj", "down_proj"}
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 # What a configuration may ask for and these layers do not do.
-_FOREIGN = ("attn_logit_softcapping", "final_logit_softcapping", "attention_chunk_size", "no_rope_layers")
+_FOREIGN = (
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "attention_chunk_size",
+    "attn_temperature_tuning",
+    "no_rope_layers",
+)
 
 
 class UnrecognisedError(Exception):
@@ -189,15 +195,21 @@ def _require(backbone: Any, model: Any) -> None:
         )
     if getattr(backbone.rotary_emb, "rope_type", "default") in ("dynamic", "longrope"):
         raise UnrecognisedError("its rotary frequencies depend on the length of the sequence")
+    if "llama_4_scaling_beta" in (getattr(config, "rope_parameters", None) or {}):
+        raise UnrecognisedError("its queries grow with their position (llama_4_scaling_beta)")
     for path, module in model.named_modules():
-        hooks = (module._forward_hooks, module._forward_pre_hooks)
-        own = module is backbone and len(module._forward_pre_hooks) == 1 and hasattr(model, "alignment")
-        if (any(hooks) and not own) or hasattr(module, "_hf_hook"):
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if not all(map(_ours, hooks)) or hasattr(module, "_hf_hook"):
             raise UnrecognisedError(f"{path or 'the model'} has hooks, which run with its forward only")
     for layer in backbone.layers:
         _require_children(layer, _LAYER, _LAYER)
         _require_children(layer.self_attn, _ATTENTION, _ATTENTION | {"q_norm", "k_norm", "rotary_emb"})
         _require_children(layer.mlp, _MLP, _MLP | {"act_fn"})
+
+
+def _ours(hook: Any) -> bool:
+    """Whether a hook is of this library: what it does before a step, a decoder does itself."""
+    return str(getattr(getattr(hook, "func", hook), "__module__", "")).startswith("alignvec.")
 
 
 def _require_children(owner: nn.Module, needed: set[str], allowed: set[str]) -> None:
