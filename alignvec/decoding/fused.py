@@ -7,6 +7,7 @@ the same as the model's own forward is that layer, whatever it is called.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -205,6 +206,24 @@ def _require(backbone: Any, model: Any) -> None:
         _require_children(layer, _LAYER, _LAYER)
         _require_children(layer.self_attn, _ATTENTION, _ATTENTION | {"q_norm", "k_norm", "rotary_emb"})
         _require_children(layer.mlp, _MLP, _MLP | {"act_fn"})
+        _require_rotation_by_halves(layer.self_attn)
+
+
+def _require_rotation_by_halves(attention: nn.Module) -> None:
+    """Refuse other rotations, on exact numbers: in bfloat16 they may differ by little more than rounding."""
+    module = sys.modules[type(attention).__module__]
+    rotate = getattr(module, "apply_rotary_pos_emb", None)
+    if rotate is None:
+        raise UnrecognisedError(f"{type(attention).__name__} has a rotary embedding of its own")
+    x, angles = torch.arange(1.0, 9.0, device="cpu"), torch.arange(0.5, 4.0, device="cpu")
+    cos, sin = torch.cat([angles.cos()] * 2), torch.cat([angles.sin()] * 2)
+    expected = x * cos + torch.cat([-x[4:], x[:4]]) * sin
+    try:
+        got = rotate(x[None, None, None], x[None, None, None], cos[None, None], sin[None, None])[0]
+    except Exception as error:  # another signature, another embedding
+        raise UnrecognisedError(f"{type(attention).__name__} has a rotary embedding of its own: {error}") from error
+    if not torch.allclose(got.reshape(-1), expected, atol=1e-5):
+        raise UnrecognisedError(f"{type(attention).__name__} does not rotate by halves")
 
 
 def _ours(hook: Any) -> bool:

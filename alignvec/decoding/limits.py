@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -98,8 +99,12 @@ def length_dependent(model: Any) -> bool:
     return any("dynamic" in kind for _, _, kind, _ in _ropes(model))
 
 
-def most_tokens(model: Any) -> tuple[int, str] | None:
-    """How many tokens a row can have, and why no more; None where nothing but memory bounds them."""
+def most_tokens(model: Any, alone: bool) -> tuple[int, str] | None:
+    """How many tokens a row can have, and why no more; None where nothing but memory bounds them.
+
+    alone: the row is alone in its steps, whose lengths the host knows.
+    """
+    config = model.config.get_text_config(decoder=True)
     ends = []
     for path, module, kind, parameters in _ropes(model):
         end = getattr(module, "original_max_seq_len", None)
@@ -107,12 +112,21 @@ def most_tokens(model: Any) -> tuple[int, str] | None:
             end = parameters.get("original_max_position_embeddings", end)
         if end:
             ends.append((int(end), f"beyond them the {kind} frequencies of {path} change for all rows of a step"))
-    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if isinstance(positions, int):
-        table = _position_table(model, positions)
-        if table is not None:
-            ends.append((positions, f"{table} has no more positions"))
+    if getattr(config, "attn_temperature_tuning", False) and not alone:
+        end = int(getattr(config, "floor_scale", 0)) - 1
+        ends.append((end, "beyond them attn_temperature_tuning scales all rows of a step by one length"))
+    table = _position_table(model)
+    if table is not None:
+        ends.append((int(config.max_position_embeddings), f"{table} has no more positions"))
     return min(ends, default=None)
+
+
+def one_position(model: Any) -> str | None:
+    """Why all rows of a step have one position; None where each has its own."""
+    table = _position_table(model)
+    if table is None or "position_ids" in inspect.signature(type(model).forward).parameters:
+        return None
+    return f"its forward takes no position_ids, and counts the positions of {table} from the longest row"
 
 
 def _ropes(model: Any) -> Iterator[tuple[str, Any, str, Mapping[str, Any]]]:
@@ -126,8 +140,11 @@ def _ropes(model: Any) -> Iterator[tuple[str, Any, str, Mapping[str, Any]]]:
                 yield path, module, kind, parameters if layer is None else parameters.get(layer) or {}
 
 
-def _position_table(model: Any, positions: int) -> str | None:
+def _position_table(model: Any) -> str | None:
     """The path of a table with one entry a position, as learned positions have; None where the model has none."""
+    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if not isinstance(positions, int):
+        return None
     vocabulary = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
     for path, module in model.named_modules():
         entries = module.num_embeddings if isinstance(module, nn.Embedding) and id(module) not in vocabulary else 0

@@ -15,7 +15,7 @@ from alignvec.decoding.cache import RowCache
 from alignvec.decoding.forward import ModelForward
 from alignvec.decoding.fused import FusedForward
 from alignvec.decoding.step import Forward, Graphs, State
-from alignvec.decoding.trial import Trial
+from alignvec.decoding.trial import OwnForwardError, Trial
 from alignvec.errors import AlignvecError
 
 Make = Callable[[Any, RowCache], Forward]
@@ -25,9 +25,9 @@ _FLAT: Make = functools.partial(ModelForward, flat=True)
 class _UnfitError(AlignvecError):
     """No way of running computes what the model's own forward does. problem: the reason alone."""
 
-    def __init__(self, message: str, problem: str) -> None:
+    def __init__(self, message: str, problem: str | None) -> None:
         super().__init__(message)
-        self.problem = problem
+        self.problem = problem or message
 
 
 class Runner:
@@ -63,7 +63,7 @@ class Runner:
                 raise AlignvecError("graphs=True, but the model's rotary frequencies follow lengths on the host")
             self.graphs = False
         self.room, self.short = max_length, None
-        most = limits.most_tokens(model)
+        most = limits.most_tokens(model, alone=max_batch == 1 and device.type == "cpu")
         if most is not None and most[0] < max_length:
             self.room, self.short = most
         self._programs: dict[Hashable, tuple[Forward, Graphs | None]] = {}
@@ -114,7 +114,10 @@ class Runner:
         except AlignvecError:
             raise
         except Exception as error:  # whatever a model's code makes of a cache that is not its own
-            raise AlignvecError(f"{name} cannot be decoded with a static cache: {error}; use model.generate") from error
+            why = str(error) or type(error).__name__
+            raise _UnfitError(
+                f"{name} cannot be decoded with a static cache: {why}; use model.generate", why
+            ) from error
         if fuse is not False:
             self.reason = self._problem(trial, FusedForward)
             if self.reason is None:
@@ -122,21 +125,28 @@ class Runner:
                 return trial.prompted
             if fuse:
                 raise AlignvecError(f"fuse=True, but {name} cannot have our own layers: {self.reason}")
-        problem = self._problem(trial, ModelForward)
-        self._make = ModelForward if problem is None else _FLAT
-        if problem is None or self._problem(trial, _FLAT) is None:
-            return trial.prompted
+        problem = limits.one_position(self.model) if rows > 1 else None
+        ways: tuple[Make, ...] = (ModelForward, _FLAT) if problem is None else ()
+        for make in ways:
+            other = self._problem(trial, make)
+            if other is None:
+                self._make = make
+                return trial.prompted
+            problem = problem or other
         if rows > 1 and not apart and self._alone(coefficients):
             raise AlignvecError(
                 f"{name} cannot decode rows of different lengths in one step: {problem}; make the decoder with "
                 "max_batch=1, or use model.generate"
             )
-        raise _UnfitError(f"{name} cannot be decoded with a static cache: {problem}; use model.generate", problem)
+        advice = "it is in training mode, call model.eval()" if self.model.training else "use model.generate"
+        raise _UnfitError(f"{name} cannot be decoded with a static cache: {problem}; {advice}", problem)
 
     def _problem(self, trial: Trial, make: Make) -> str | None:
         """Why steps that are made like this are not used."""
         try:
             return trial.differs(lambda cache: make(self.model, cache))
+        except OwnForwardError:
+            raise
         except Exception as error:  # of ours, or whatever a model's code makes of a cache that is not its own
             return str(error) or type(error).__name__
 

@@ -1,8 +1,8 @@
 """Whether a decode step computes what the model's own forward does: found by running both, near and far.
 
 Near: prompts of a few tokens that the model has read. Far: the last token that a row has room for, after random keys
-and values instead of a text: windows, chunks and whatever else sets in at some length show, at the cost of a few forward
-passes of one token. What a length changes by less than rounding is not seen, nor what becomes of keys that were written
+and values instead of a text: windows, chunks and whatever else sets in at some length show, at the cost of a few steps
+of one token. What a length changes by less than rounding is not seen, nor what becomes of keys that were written
 before it: that is read from the configuration (`limits.py`).
 """
 
@@ -29,6 +29,10 @@ _SLACK = {torch.float16: 3e-2, torch.bfloat16: 1e-1}  # of logits; another funct
 _LEAST_SLACK = 1e-3
 
 
+class OwnForwardError(AlignvecError):
+    """The model fails by itself, whatever a decoder does."""
+
+
 class Trial:
     """One row or two, whose logits by the model's own forward, a row at a time, any step has to give.
 
@@ -36,7 +40,8 @@ class Trial:
     prompted: keys and values of the near rows, as the model writes them.
 
     Raises:
-        AlignvecError: the model itself fails on these tokens.
+        OwnForwardError: the model itself fails on these tokens.
+        AlignvecError: it refuses the mixes, or writes its keys and values elsewhere than to the cache it is given.
     """
 
     def __init__(self, model: Any, coefficients: Coefficients | None, rows: int, apart: bool, room: int) -> None:
@@ -53,10 +58,19 @@ class Trial:
         self.prompted = DynamicCache()
         with lent(coefficients, self._mixes):
             model.base_model(input_ids=self._ids[:, :-1], past_key_values=self.prompted, use_cache=True)
+        if not self.prompted.layers or any(keys is None for keys, _ in states(self.prompted)):
+            raise AlignvecError(
+                f"{type(model).__name__} does not write its keys and values to the cache that it is given, which a "
+                "decoder goes on from; use model.generate"
+            )
         self._wanted_far: list[Tensor] = []
 
     def differs(self, build: Callable[[RowCache], Forward]) -> str | None:
-        """None, or a clause that says where the step that `build` makes computes other logits than the model."""
+        """None, or a clause that says where the step that `build` makes computes other logits than the model.
+
+        Raises:
+            OwnForwardError: the model itself fails at as many tokens as a row has room for.
+        """
         cache = RowCache(self.prompted, len(self._lengths), max(self._lengths) + 1 + _BEYOND)
         for row, length in enumerate(self._lengths):
             cache.store(row, self.prompted, row, length)
@@ -72,8 +86,7 @@ class Trial:
             where = f" at {self._far[0]} tokens"
         if error is None:
             return None
-        training = "; the model is in training mode, call model.eval()" if self.model.training else ""
-        return f"its logits differ from those of the model's own forward by {error:.0%}{where}{training}"
+        return f"its logits differ from those of the model's own forward by {error:.0%}{where}"
 
     def _own(self, mix: Values | None, ids: Tensor, past: Cache | None) -> Tensor:
         """The model's own logits of the last of ids [1, tokens], float32 [vocabulary]."""
@@ -88,7 +101,10 @@ class Trial:
         except AlignvecError:
             raise
         except Exception as error:  # whatever a model's code raises
-            raise AlignvecError(f"{type(self.model).__name__} itself fails at {length} tokens: {error}") from error
+            advice = "" if past is None else "; make the decoder with a smaller max_length"
+            raise OwnForwardError(
+                f"{type(self.model).__name__} itself fails at {length} tokens: {error}{advice}"
+            ) from error
         return logits[0, -1].float()
 
     def _error(
@@ -111,18 +127,20 @@ class Trial:
         layers = getattr(self.model.config.get_text_config(decoder=True), "num_hidden_layers", None)
         shared = layers == len(self.prompted.layers)
         cache = RowCache(self.prompted, len(self._far), self._far[0] + 1 + _BEYOND, shared=shared)
-        generator = torch.Generator().manual_seed(1)
+        device = cache.lengths.device
+        generator = torch.Generator(device).manual_seed(1)
         seen = set()
         for (keys, values), own in zip(cache.layers, states(self.prompted), strict=True):
             if keys.data_ptr() in seen:
                 continue
             seen.add(keys.data_ptr())
             key_size, value_size = (float(each.float().pow(2).mean().sqrt()) for each in own)
-            keys.copy_(torch.randn(keys.shape, generator=generator) * key_size)
-            distinct = torch.randn(values.shape[1], 64, values.shape[3], generator=generator) * value_size
+            keys.copy_(torch.randn(keys.shape, generator=generator, device=device) * key_size)
+            shape = values.shape[1], 64, values.shape[3]
+            distinct = torch.randn(shape, generator=generator, device=device).to(values) * value_size
             for row, length in enumerate(self._far):
-                distance = torch.arange(length, 0, -1)
-                values[row, :, :length] = distinct[:, distance.log2().long()].to(values)
+                distance = torch.arange(length, 0, -1, device=device)
+                values[row, :, :length] = distinct[:, distance.log2().long()]
                 keys[row, :, length:], values[row, :, length:] = 10 * key_size, 10 * value_size
         cache.lengths.copy_(torch.tensor(self._far))
         return cache
