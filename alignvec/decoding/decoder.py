@@ -56,15 +56,17 @@ class Decoder:
         Args:
             model: a causal language model on one device.
             max_batch: rows. A sequence takes one, and a blend of policies one for each policy.
-            max_length: most tokens of a row, prompt included.
+            max_length: most tokens of a row, prompt included. Where the model has no more positions, or its rotary
+                frequencies follow the longest row, a row has fewer, and a longer one is refused.
             graphs: capture steps as CUDA graphs; by default on CUDA devices.
             fuse: True: our own layers, which the Llama family has; False: the model's own forward; by default the
                 former where the model computes the same.
             prefix_bytes: memory for keys and values of prompts and answers that later prompts may begin with.
 
         Raises:
-            AlignvecError: an argument out of range, a model on several devices or of an architecture that neither way
-                of running computes as its own forward does, or fewer `max_rows` of coefficients than `max_batch`.
+            AlignvecError: an argument out of range, a model on several devices, that keeps more than keys and values
+                (recurrent state), or of an architecture that neither way of running computes as its own forward does,
+                or fewer `max_rows` of coefficients than `max_batch`.
         """
         for name, value, least in (
             ("max_batch", max_batch, 1),
@@ -82,9 +84,9 @@ class Decoder:
                 f"max_batch={max_batch} does not fit the {coefficients.max_rows} rows of coefficients; attach with "
                 f"max_rows={max_batch} or more"
             )
-        self._runner = Runner(self.model, coefficients, fuse, graphs)
+        self._runner = Runner(self.model, coefficients, fuse, graphs, max_batch, max_length)
         with torch.inference_mode(False), torch.no_grad():
-            self.cache = RowCache(self._runner.prompted, max_batch, max_length)
+            self.cache = RowCache(self._runner.prompted, max_batch, self._runner.room)
             vocabulary = self.model.get_output_embeddings().weight.shape[0]
             self.state = State(self.cache, Sampler(max_batch, vocabulary, self.cache.lengths.device))
         self.prefixes = Prefixes(prefix_bytes)
@@ -141,10 +143,11 @@ class Decoder:
             The row.
 
         Raises:
-            AlignvecError: no free row, an empty prompt or one without room, an unknown vector name.
+            AlignvecError: no free row, an empty prompt or one without room, a token id outside of the vocabulary, an
+                unknown vector name, or a mix unlike that of the other rows where the model needs one for all.
         """
         prompt = torch.as_tensor(input_ids).reshape(-1).tolist()
-        limit = self.max_length + 1 - len(prompt) if max_new_tokens is None else max_new_tokens
+        limit = self._runner.room + 1 - len(prompt) if max_new_tokens is None else max_new_tokens
         (row,) = self.admit([prompt], [mix], [sampling], limit, recompute=recompute)
         return row
 
@@ -169,13 +172,7 @@ class Decoder:
                 f"{len(prompts)} rows are needed and {len(free)} are free; make a decoder with more max_batch"
             )
         for prompt in prompts:
-            if not prompt:
-                raise AlignvecError("a prompt has no tokens; begin it with the model's bos token")
-            if len(prompt) > self.max_length or len(prompt) + limit > self.max_length + 1:
-                raise AlignvecError(
-                    f"{len(prompt)} tokens and {limit} new ones do not fit max_length={self.max_length}, of which "
-                    "the last needs no place; make a decoder with more"
-                )
+            self._require_room(prompt, limit)
         if limit < 1:
             raise AlignvecError(f"max_new_tokens={limit} must be at least 1")
         self._ready()
@@ -186,6 +183,7 @@ class Decoder:
             row = Row(index, list(prompt), limit, sampling, chosen, recompute, len(weights or [0]))
             row.now()  # what a function of the position gives is refused before anything is read
             rows.append(row)
+        self._require_alike([*self._going, *rows])
         self._prefill.read(rows, coefficients, self._weights)
         for row in rows:
             ids = torch.tensor(row.prompt)
@@ -202,12 +200,14 @@ class Decoder:
         """Queue one step of all rows that have tokens left to generate; on CUDA without waiting for it.
 
         Raises:
-            AlignvecError: there is no such row, or the model is not what it was when the rows joined.
+            AlignvecError: there is no such row, the model is not what it was when the rows joined, or rows have
+                different mixes where it needs one for all.
         """
-        rows = [row for row in self._rows if row is not None and not row.ended]
+        rows = self._going
         if not rows:
             raise AlignvecError("no row has tokens left to generate; join one first")
         forward, graphs = self._ready()
+        self._require_alike(rows)
         mixes = {row.index: row.now() for row in rows}
         self._renew(rows, mixes)
         self._activate({row.index for row in rows})
@@ -217,7 +217,7 @@ class Decoder:
         kind = Kind(count, max(row.policies for row in rows), self.state.sampler.variant(count))
         some = next(iter(mixes.values()))  # free rows have any
         own = [mixes.get(index, some) for index in range(count)]
-        with lent(self._coefficients, own, apart=graphs is not None):
+        with lent(self._coefficients, own, apart=graphs is not None and self._runner.alike is None):
             (graphs or self.state).step(forward, kind)
         for row in rows:
             row.launched += 1
@@ -249,7 +249,7 @@ class Decoder:
     @property
     def going(self) -> bool:
         """Whether a row has tokens left to generate."""
-        return any(row is not None and not row.ended for row in self._rows)
+        return bool(self._going)
 
     def taken(self, row: int) -> bool:
         """Whether there is a sequence in a row."""
@@ -395,6 +395,39 @@ class Decoder:
         if own is None:
             raise AlignvecError(f"row {row} is free; join() says which row a prompt is in")
         return own
+
+    @property
+    def _going(self) -> list[Row]:
+        """Rows that have tokens left to generate."""
+        return [row for row in self._rows if row is not None and not row.ended]
+
+    def _require_room(self, prompt: Sequence[int], limit: int) -> None:
+        """Refuse a prompt that is none, or that a row has no room for with `limit` new tokens."""
+        if not prompt:
+            raise AlignvecError("a prompt has no tokens; begin it with the model's bos token")
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        for token in (min(prompt), max(prompt)):
+            if not isinstance(token, int) or not 0 <= token < vocabulary:
+                raise AlignvecError(
+                    f"{token} is no token id of this model, whose vocabulary has {vocabulary}; give integers from 0 to "
+                    f"{vocabulary - 1}, of this model's tokenizer"
+                )
+        room, short = self._runner.room, self._runner.short
+        if len(prompt) > room or len(prompt) + limit > room + 1:
+            what = f"{len(prompt)} tokens{f' and {limit} new ones' if limit > 0 else ''} do not fit"
+            if short is not None:
+                raise AlignvecError(f"{what} the {room} tokens of a row of {type(self.model).__name__}: {short}")
+            raise AlignvecError(
+                f"{what} max_length={self.max_length}, of which the last needs no place; make a decoder with more"
+            )
+
+    def _require_alike(self, rows: Sequence[Row]) -> None:
+        """Refuse rows of one step whose mixes differ, where the model cannot run them."""
+        if self._runner.alike is not None and len({row.now() for row in rows}) > 1:
+            raise AlignvecError(
+                f"rows of one step have different mixes, and {type(self.model).__name__} cannot be decoded so: "
+                f"{self._runner.alike}; give all rows one mix"
+            )
 
     def _activate(self, rows: set[int]) -> None:
         active = [int(index in rows) for index in range(self.max_batch)]

@@ -7,6 +7,7 @@ the same as the model's own forward is that layer, whatever it is called.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +32,13 @@ _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _MLP = {"gate_proj", "up_proj", "down_proj"}
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 # What a configuration may ask for and these layers do not do.
-_FOREIGN = ("attn_logit_softcapping", "final_logit_softcapping", "attention_chunk_size", "no_rope_layers")
+_FOREIGN = (
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "attention_chunk_size",
+    "attn_temperature_tuning",
+    "no_rope_layers",
+)
 
 
 class UnrecognisedError(Exception):
@@ -189,15 +196,39 @@ def _require(backbone: Any, model: Any) -> None:
         )
     if getattr(backbone.rotary_emb, "rope_type", "default") in ("dynamic", "longrope"):
         raise UnrecognisedError("its rotary frequencies depend on the length of the sequence")
+    if "llama_4_scaling_beta" in (getattr(config, "rope_parameters", None) or {}):
+        raise UnrecognisedError("its queries grow with their position (llama_4_scaling_beta)")
     for path, module in model.named_modules():
-        hooks = (module._forward_hooks, module._forward_pre_hooks)
-        own = module is backbone and len(module._forward_pre_hooks) == 1 and hasattr(model, "alignment")
-        if (any(hooks) and not own) or hasattr(module, "_hf_hook"):
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if not all(map(_ours, hooks)) or hasattr(module, "_hf_hook"):
             raise UnrecognisedError(f"{path or 'the model'} has hooks, which run with its forward only")
     for layer in backbone.layers:
         _require_children(layer, _LAYER, _LAYER)
         _require_children(layer.self_attn, _ATTENTION, _ATTENTION | {"q_norm", "k_norm", "rotary_emb"})
         _require_children(layer.mlp, _MLP, _MLP | {"act_fn"})
+        _require_rotation_by_halves(layer.self_attn)
+
+
+def _require_rotation_by_halves(attention: nn.Module) -> None:
+    """Refuse other rotations, on exact numbers: in bfloat16 they may differ by little more than rounding."""
+    module = sys.modules[type(attention).__module__]
+    rotate = getattr(module, "apply_rotary_pos_emb", None)
+    if rotate is None:
+        raise UnrecognisedError(f"{type(attention).__name__} has a rotary embedding of its own")
+    x, angles = torch.arange(1.0, 9.0, device="cpu"), torch.arange(0.5, 4.0, device="cpu")
+    cos, sin = torch.cat([angles.cos()] * 2), torch.cat([angles.sin()] * 2)
+    expected = x * cos + torch.cat([-x[4:], x[:4]]) * sin
+    try:
+        got = rotate(x[None, None, None], x[None, None, None], cos[None, None], sin[None, None])[0]
+    except Exception as error:  # another signature, another embedding
+        raise UnrecognisedError(f"{type(attention).__name__} has a rotary embedding of its own: {error}") from error
+    if not torch.allclose(got.reshape(-1), expected, atol=1e-5):
+        raise UnrecognisedError(f"{type(attention).__name__} does not rotate by halves")
+
+
+def _ours(hook: Any) -> bool:
+    """Whether a hook is of this library: what it does before a step, a decoder does itself."""
+    return str(getattr(getattr(hook, "func", hook), "__module__", "")).startswith("alignvec.")
 
 
 def _require_children(owner: nn.Module, needed: set[str], allowed: set[str]) -> None:

@@ -42,7 +42,7 @@ def sequences(
     if len(prompts) * len(policies) > decoder.free:
         raise AlignvecError(
             f"{len(prompts)} sequences of {len(policies)} rows each need more than the {decoder.free} free rows of the "
-            "decoder; make it with a larger max_batch"
+            "decoder; make it with a larger max_batch, or let rows leave"
         )
     samplings = [sampling.stream(number) for number in range(len(prompts))]
     groups: list[list[int]] = []

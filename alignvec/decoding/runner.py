@@ -2,40 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import functools
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from transformers import DynamicCache
 
 from alignvec.coefficients import Coefficients
-from alignvec.decoding import trial
+from alignvec.decoding import limits
+from alignvec.decoding.cache import RowCache
 from alignvec.decoding.forward import ModelForward
-from alignvec.decoding.fused import FusedForward, UnrecognisedError
+from alignvec.decoding.fused import FusedForward
 from alignvec.decoding.step import Forward, Graphs, State
+from alignvec.decoding.trial import OwnForwardError, Trial
 from alignvec.errors import AlignvecError
+
+Make = Callable[[Any, RowCache], Forward]
+_FLAT: Make = functools.partial(ModelForward, flat=True)
+
+
+class _UnfitError(AlignvecError):
+    """No way of running computes what the model's own forward does. problem: the reason alone."""
+
+    def __init__(self, message: str, problem: str | None) -> None:
+        super().__init__(message)
+        self.problem = problem or message
 
 
 class Runner:
     """Our own layers or the model's forward, and the graphs of its steps.
 
+    room: most tokens of a row, `max_length` or fewer; short: why fewer, or None.
     reason: why our layers do not run; None where they do. prompted: a cache as the model writes it, for its shapes.
+    alike: why all rows of a step must have one mix; None where they may differ.
 
     Raises:
-        AlignvecError: a model that is compiled, on several devices, no decoder, or that decodes with a static cache to
-            other logits than without; `fuse=True` where our layers do not compute the same; graphs without CUDA.
+        AlignvecError: a model that is compiled, on several devices, no decoder, that keeps more than keys and values,
+            or that decodes with a static cache to other logits than without; `fuse=True` where our layers do not
+            compute the same; graphs without CUDA or of a model that reads lengths on the host.
     """
 
-    def __init__(self, model: Any, coefficients: Coefficients | None, fuse: bool | None, graphs: bool | None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        coefficients: Coefficients | None,
+        fuse: bool | None,
+        graphs: bool | None,
+        max_batch: int,
+        max_length: int,
+    ) -> None:
         self.model = model
         device = _device(model)
         self.graphs = device.type == "cuda" if graphs is None else graphs
         if self.graphs and device.type != "cuda":
             raise AlignvecError(f"graphs=True needs a CUDA device; the model is on {device}")
+        limits.require_keys_and_values(model)
+        if self.graphs and limits.length_dependent(model):
+            if graphs:
+                raise AlignvecError("graphs=True, but the model's rotary frequencies follow lengths on the host")
+            self.graphs = False
+        self.room, self.short = max_length, None
+        most = limits.most_tokens(model, alone=max_batch == 1 and device.type == "cpu")
+        if most is not None and most[0] < max_length:
+            self.room, self.short = most
         self._programs: dict[Hashable, tuple[Forward, Graphs | None]] = {}
         self.reason: str | None = "fuse=False"
+        self.alike: str | None = None
+        self._make: Make = ModelForward
         with torch.inference_mode(False), torch.no_grad():
-            self.prompted = self._try(coefficients, fuse)
+            self.prompted = self._tried(coefficients, fuse, min(max_batch, 2))
 
     def program(self, state: State, changes: int) -> tuple[Forward, Graphs | None]:
         """What steps run for the weights where they are now.
@@ -53,31 +89,74 @@ class Runner:
                     f"the model is {weight.dtype} on {weight.device} and the decoder {own.dtype} on {own.device}; "
                     "make a new one"
                 )
-            kind = FusedForward if self.reason is None else ModelForward
-            self._programs = {key: (kind(self.model, state.cache), Graphs(state) if self.graphs else None)}
+            self._programs = {key: (self._make(self.model, state.cache), Graphs(state) if self.graphs else None)}
         return self._programs[key]
 
-    def _try(self, coefficients: Coefficients | None, fuse: bool | None) -> DynamicCache:
-        model, name = self.model, type(self.model).__name__
+    def _tried(self, coefficients: Coefficients | None, fuse: bool | None, rows: int) -> DynamicCache:
+        """Rows under mixes of their own, else under one mix, else one row alone."""
+        if rows > 1 and coefficients is not None:
+            try:
+                return self._try(coefficients, fuse, rows, apart=True)
+            except AlignvecError as refusal:
+                alike = refusal.problem if isinstance(refusal, _UnfitError) else str(refusal)
+            prompted = self._try(coefficients, fuse, rows)
+            self.alike = alike.rpartition("; ")[0] or alike  # without advice on another way to set mixes
+            return prompted
+        return self._try(coefficients, fuse, rows)
+
+    def _try(
+        self, coefficients: Coefficients | None, fuse: bool | None, rows: int, *, apart: bool = False
+    ) -> DynamicCache:
+        """Set how the model is run; a cache as it writes it."""
+        name = type(self.model).__name__
         try:
-            prompted = trial.prompt(model, coefficients)
-            if fuse is not False:
-                try:
-                    self.reason = trial.differs(model, prompted, lambda c: FusedForward(model, c), coefficients)
-                except UnrecognisedError as difference:
-                    self.reason = str(difference)
-                if self.reason is None:
-                    return prompted
-                if fuse:
-                    raise AlignvecError(f"fuse=True, but {name} cannot have our own layers: {self.reason}")
-            other = trial.differs(model, prompted, lambda c: ModelForward(model, c), coefficients)
+            trial = Trial(self.model, coefficients, rows, apart, self.room)
         except AlignvecError:
             raise
         except Exception as error:  # whatever a model's code makes of a cache that is not its own
-            raise AlignvecError(f"{name} cannot be decoded with a static cache: {error}; use model.generate") from error
-        if other is not None:
-            raise AlignvecError(f"{name} cannot be decoded with a static cache: {other}; use model.generate")
-        return prompted
+            why = str(error) or type(error).__name__
+            raise _UnfitError(
+                f"{name} cannot be decoded with a static cache: {why}; use model.generate", why
+            ) from error
+        if fuse is not False:
+            self.reason = self._problem(trial, FusedForward)
+            if self.reason is None:
+                self._make = FusedForward
+                return trial.prompted
+            if fuse:
+                raise AlignvecError(f"fuse=True, but {name} cannot have our own layers: {self.reason}")
+        problem = limits.one_position(self.model) if rows > 1 else None
+        ways: tuple[Make, ...] = (ModelForward, _FLAT) if problem is None else ()
+        for make in ways:
+            other = self._problem(trial, make)
+            if other is None:
+                self._make = make
+                return trial.prompted
+            problem = problem or other
+        if rows > 1 and not apart and self._alone(coefficients):
+            raise AlignvecError(
+                f"{name} cannot decode rows of different lengths in one step: {problem}; make the decoder with "
+                "max_batch=1, or use model.generate"
+            )
+        advice = "it is in training mode, call model.eval()" if self.model.training else "use model.generate"
+        raise _UnfitError(f"{name} cannot be decoded with a static cache: {problem}; {advice}", problem)
+
+    def _problem(self, trial: Trial, make: Make) -> str | None:
+        """Why steps that are made like this are not used."""
+        try:
+            return trial.differs(lambda cache: make(self.model, cache))
+        except OwnForwardError:
+            raise
+        except Exception as error:  # of ours, or whatever a model's code makes of a cache that is not its own
+            return str(error) or type(error).__name__
+
+    def _alone(self, coefficients: Coefficients | None) -> bool:
+        """Whether one row can be decoded where two cannot."""
+        try:
+            self._try(coefficients, False, 1)
+        except AlignvecError:
+            return False
+        return True
 
 
 def _device(model: Any) -> torch.device:
