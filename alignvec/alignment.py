@@ -40,7 +40,8 @@ class Alignment(NotPickled):
         self._backend = backend
         self._coefficients = coefficients
         self._swaps = Swaps(model, swaps)
-        self._unplaced: list[Edit] | str | None = None  # modules that cannot have rows, or why none can, once tried
+        # Modules that cannot have rows of different coefficients, or why none can; None before that was tried.
+        self._unplaced: list[Edit] | AlignvecError | None = None
         self._materialised: Materialised | None = None
         self._buffers: Buffers = {}
         self._attached = False
@@ -242,9 +243,9 @@ class Alignment(NotPickled):
             try:
                 self._unplaced = RowCheck(self.model, self._coefficients, edits, self._swaps.run_by_row).run()
             except AlignvecError as refusal:
-                self._unplaced = str(refusal)
-        if isinstance(self._unplaced, str):
-            raise AlignvecError(self._unplaced)
+                self._unplaced = refusal
+        if isinstance(self._unplaced, AlignvecError):
+            raise self._unplaced
         for edit in self._unplaced:
             if any(len({row[column] for row in rows}) > 1 for column in edit.vectors):
                 edit.refuse_rows()

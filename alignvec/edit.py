@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from alignvec import ops
 from alignvec.coefficients import Coefficients
-from alignvec.errors import AlignvecError
+from alignvec.errors import AlignvecError, RowsError
 from alignvec.foreign import Mix, Unformed
 from alignvec.fused import Fused
 from alignvec.kernels.operands import Operand, decode, dense
@@ -247,19 +247,16 @@ class Edit:
         return self.order is not None and self.order.batch_major and x.shape[0] % batch == 0
 
     def refuse_reader(self, name: str) -> NoReturn:
-        raise AlignvecError(
+        raise RowsError(
             f"code outside of {self.path} reads its {name}, which then cannot have different coefficients for the "
-            "rows of a batch; use set() instead of set_rows()"
+            "rows of a batch"
         )
 
     def refuse_rows(self) -> NoReturn:
         why = "was not reached when rows were tried on text alone, so it is not known which row its inputs belong to"
         if self.order is not None:
             why = "gets its inputs in an order other than that of the sequences of the batch"
-        raise AlignvecError(
-            f"{self.path} {why}; it cannot have different coefficients for the rows of a batch, use set() instead of "
-            "set_rows()"
-        )
+        raise RowsError(f"{self.path} {why}, and cannot have different coefficients for the rows of a batch")
 
     def _follow(self, tensor: Tensor) -> None:
         if self.device != tensor.device and tensor.device.type != "meta":
@@ -289,9 +286,9 @@ class Edit:
             if x.shape[0] == 1:
                 x = x.expand(batch, *x.shape[1:])
             elif not self.takes_rows(step, x):
-                raise AlignvecError(
+                raise RowsError(
                     f"{self.path} got an input {list(x.shape)} in a batch of {batch} whose rows have different "
-                    "coefficients; it needs as much of it for every sequence, use set() instead of set_rows()"
+                    "coefficients, and needs as much of it for every sequence"
                 )
         return x, *step.on(self.device)
 

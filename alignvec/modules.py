@@ -62,7 +62,7 @@ class AlignedLinear(Aligned, nn.Linear):
             y = fused.take(self, input)
             if y is not None:
                 return y
-        return self.edit.linear(input, *_weight_and_bias(self))
+        return self.edit.linear(input, own_parameter(self), own_parameter(self, "bias"))
 
 
 class AlignedConv1D(Aligned, Conv1D):
@@ -71,8 +71,7 @@ class AlignedConv1D(Aligned, Conv1D):
     apart = True
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = _weight_and_bias(self)
-        return self.edit.linear(x, weight.t(), bias)
+        return self.edit.linear(x, own_parameter(self).t(), own_parameter(self, "bias"))
 
 
 class AlignedEmbedding(Aligned, nn.Embedding):
@@ -81,7 +80,7 @@ class AlignedEmbedding(Aligned, nn.Embedding):
     apart = True
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.edit.embedding(input, _weight_and_bias(self)[0])
+        return self.edit.embedding(input, own_parameter(self))
 
 
 class AlignedLayerNorm(Aligned, nn.LayerNorm):
@@ -90,8 +89,7 @@ class AlignedLayerNorm(Aligned, nn.LayerNorm):
     apart = True
 
     def forward(self, input: Tensor) -> Tensor:
-        parameters = self._parameters
-        return self.edit.layer_norm(input, parameters.get("weight"), parameters.get("bias"), self.eps)
+        return self.edit.layer_norm(input, own_parameter(self), own_parameter(self, "bias"), self.eps)
 
 
 class AlignedRMSNorm(Aligned, nn.RMSNorm):
@@ -101,7 +99,7 @@ class AlignedRMSNorm(Aligned, nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
-        return self.edit.rms_norm(x, _weight_and_bias(self)[0], eps, 0.0)
+        return self.edit.rms_norm(x, own_parameter(self), eps, 0.0)
 
 
 class AlignedRootMeanSquare(Aligned):
@@ -111,7 +109,7 @@ class AlignedRootMeanSquare(Aligned):
     apart = True
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.edit.rms_norm(x, _weight_and_bias(self)[0], *self.form)
+        return self.edit.rms_norm(x, own_parameter(self), *self.form)
 
 
 class AlignedNorm(Aligned):
@@ -157,10 +155,9 @@ def _moves_parameters(caller: FrameType) -> bool:
     return str(caller.f_globals.get("__name__")).startswith("accelerate.")
 
 
-def _weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    weight = module._parameters["weight"]
-    assert weight is not None
-    return weight, module._parameters.get("bias")
+def own_parameter(module: nn.Module, name: str = "weight") -> Any:
+    """The parameter of the base, as it is, also in a step; None where the module has none of that name."""
+    return module._parameters.get(name)
 
 
 class _Substituted:

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from alignvec.coefficients import Coefficients
 from alignvec.edit import Edit
-from alignvec.errors import AlignvecError
+from alignvec.errors import AlignvecError, RowsError
 from alignvec.roworder import BATCH, OTHER, SHARED, Order, named_tensors
 from alignvec.steps import Step, Values
 
 TOKENS = 7  # of a row
-PADS = 2  # before the second row's, so that no two rows have the same number of tokens that count
+PADS = (1, 2)  # before each row's: no two have the same number of tokens that count, and no mask can be left out
 SLACK = 0.3  # relative difference of what is the same but for rounding and a flipped choice of experts
 NOISE = 20.0  # times the difference that running together makes under one mix
 
@@ -72,9 +72,9 @@ class RowCheck:
             noise = _difference(together, torch.cat([logits for logits, _ in alone]))
             error = _difference(mixed, torch.cat([first, alone[1][0]]))
             if not error <= NOISE * noise + 1e-4:
-                raise AlignvecError(
+                raise RowsError(
                     f"rows with different coefficients come out of {type(self.model).__name__} other than each does "
-                    f"alone (by {error:.0%}); use set() instead of set_rows()"
+                    f"alone (by {error:.0%})"
                 )
             return []
 
@@ -89,9 +89,9 @@ class RowCheck:
         except AlignvecError:
             raise
         except Exception as error:
-            raise AlignvecError(
+            raise RowsError(
                 f"{type(self.model).__name__} cannot be tried on a few tokens, which shows whether the rows of a batch "
-                f"can have different coefficients ({error}); use set() instead of set_rows()"
+                f"can have different coefficients ({error})"
             ) from error
         calls: Calls = defaultdict(list)
         for edit, values in recorded:
@@ -104,9 +104,9 @@ class RowCheck:
         get_text_config = getattr(config, "get_text_config", None)
         vocabulary = getattr(get_text_config() if get_text_config else config, "vocab_size", None)
         if not isinstance(vocabulary, int):
-            raise AlignvecError(
+            raise RowsError(
                 f"{type(self.model).__name__} has no vocabulary, so it is not known which row of a batch its inputs "
-                "belong to; use set() instead of set_rows()"
+                "belong to"
             )
         special = {value for value in _numbers(config) if value < vocabulary}
         plain = [token for token in range(min(vocabulary, 4096)) if token not in special] or [0]
@@ -114,7 +114,8 @@ class RowCheck:
         chosen = torch.randint(len(plain), (2, 2 * TOKENS), generator=generator)
         ids = torch.tensor(plain)[chosen].to(self._device())
         mask = torch.ones_like(ids[:, :TOKENS])
-        mask[1, :PADS] = 0
+        for row, pads in enumerate(PADS):
+            mask[row, :pads] = 0
         inputs = {"input_ids": ids[:, :TOKENS], "attention_mask": mask}
         if getattr(config, "is_encoder_decoder", False):
             inputs["decoder_input_ids"] = ids[:, TOKENS:-1]
@@ -123,9 +124,9 @@ class RowCheck:
         if "use_cache" in accepted:
             named["use_cache"] = False  # type: ignore[assignment]
         if "input_ids" not in named:
-            raise AlignvecError(
+            raise RowsError(
                 f"{type(self.model).__name__} does not take input_ids, so it is not known which row of a batch its "
-                "inputs belong to; use set() instead of set_rows()"
+                "inputs belong to"
             )
         return named
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from alignvec.errors import AlignvecError
+from alignvec.errors import RowsError
 
 if TYPE_CHECKING:
     from alignvec.edit import Edit
@@ -139,9 +139,10 @@ def _split(edit: Edit, step: Step | None, args: Any, kwargs: Any) -> Iterator[An
         if isinstance(item, Tensor):
             kinds[place] = _kind(edit, place, item, batch)
         elif hasattr(item, "update"):  # keys and values, or a state: one object for all rows
-            raise AlignvecError(
+            raise RowsError(
                 f"{edit.path} would have to run once for each row of coefficients, but it keeps what it saw of earlier "
-                "tokens for the whole batch; use set() instead of set_rows(), or use_cache=False"
+                "tokens for the whole batch",
+                "use set() instead of set_rows(), or use_cache=False",
             )
 
     mapped((args, kwargs), judge)

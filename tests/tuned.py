@@ -1,4 +1,4 @@
-"""Small models of many families beside a tuned copy: what the library computes at coefficient 1 is what the copy does."""
+"""Small models of many families, each beside a tuned copy, which is what coefficient 1 has to give."""
 
 from __future__ import annotations
 

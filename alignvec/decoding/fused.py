@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from alignvec.decoding.cache import RowCache
 from alignvec.edit import Edit
 from alignvec.kernels.operands import dense
-from alignvec.modules import Aligned, AlignedLinear, AlignedRootMeanSquare, root_mean_square
+from alignvec.modules import Aligned, AlignedLinear, AlignedRootMeanSquare, own_parameter, root_mean_square
 from alignvec.ops import prepared
 
 _ACTIVATIONS = {
@@ -69,11 +69,11 @@ class _Linear:
     """Linear layers that read the same x, in one call: [rows, in_features] -> [rows, sum of out_features]."""
 
     def __init__(self, members: Sequence[nn.Linear], table: _Table) -> None:
-        if len({member.bias is None for member in members}) > 1:
+        if len({own_parameter(member, "bias") is None for member in members}) > 1:
             raise UnrecognisedError("of the projections that read one tensor some have a bias and some have none")
         layers = [_operands(member, table) for member in members]
         self._run = prepared.linear_group(layers, table.table, table.rows, *table.choices)
-        self.sizes = [member.weight.shape[0] for member in members]
+        self.sizes = [own_parameter(member).shape[0] for member in members]
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._run(x)
@@ -81,14 +81,15 @@ class _Linear:
 
 def _operands(member: nn.Linear, table: _Table) -> prepared.Layer:
     edit = member.edit if isinstance(member, AlignedLinear) else None
+    weight, bias = own_parameter(member), own_parameter(member, "bias")
     if edit is None:
-        return member.weight, member.bias, [], None, table.none
+        return weight, bias, [], None, table.none
     deltas = edit.deltas.get("weight")
     if deltas is not None:
         operands = deltas.operands
     else:  # only the bias is edited
-        operands = [dense(member.weight.new_zeros(1, 1).expand(member.weight.shape))] * len(edit.columns)
-    return member.weight, member.bias, operands, edit.stack("bias"), edit.columns
+        operands = [dense(weight.new_zeros(1, 1).expand(weight.shape))] * len(edit.columns)
+    return weight, bias, operands, edit.stack("bias"), edit.columns
 
 
 class _Norm:
@@ -103,7 +104,7 @@ class _Norm:
         edit = module.edit if isinstance(module, Aligned) else None
         stack, columns = (None, table.none) if edit is None else (edit.stack("weight"), edit.columns)
         eps, offset = form
-        mix = (module.weight, stack, columns, table.table, table.rows)
+        mix = (own_parameter(module), stack, columns, table.table, table.rows)
         self._run = prepared.add_rms_norm(*mix, eps=eps, offset=offset, backend=table.choices[2])
 
     def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
@@ -134,7 +135,7 @@ class _Layer:
         self.out = _Linear([_linear(attention, "o_proj")], table)
         self.norm = _Norm(layer.post_attention_layernorm, table)
         self.gate_up = _Linear([_linear(mlp, name) for name in ("gate_proj", "up_proj")], table)
-        self.gate = prepared.gated(mlp.down_proj.weight, _ACTIVATIONS[config.hidden_act], backend)
+        self.gate = prepared.gated(own_parameter(mlp.down_proj), _ACTIVATIONS[config.hidden_act], backend)
         self.down = _Linear([_linear(mlp, "down_proj")], table)
         self._parts = [size // self.head_dim for size in self.qkv.sizes]
 
@@ -241,7 +242,7 @@ def _require_children(owner: nn.Module, needed: set[str], allowed: set[str]) -> 
 def _linear(owner: nn.Module, name: str) -> nn.Linear:
     module: Any = owner._modules[name]
     plain = isinstance(module, nn.Linear) and type(module).forward in (nn.Linear.forward, AlignedLinear.forward)
-    if not plain or module.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if not plain or own_parameter(module).dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise UnrecognisedError(f"{name} is a {type(module).__name__}, no plain linear layer")
     linear: nn.Linear = module
     return linear

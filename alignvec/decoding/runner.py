@@ -16,7 +16,7 @@ from alignvec.decoding.forward import ModelForward
 from alignvec.decoding.fused import FusedForward
 from alignvec.decoding.step import Forward, Graphs, State
 from alignvec.decoding.trial import OwnForwardError, Trial
-from alignvec.errors import AlignvecError
+from alignvec.errors import AlignvecError, RowsError
 
 Make = Callable[[Any, RowCache], Forward]
 _FLAT: Make = functools.partial(ModelForward, flat=True)
@@ -97,10 +97,10 @@ class Runner:
         if rows > 1 and coefficients is not None:
             try:
                 return self._try(coefficients, fuse, rows, apart=True)
-            except AlignvecError as refusal:
-                alike = refusal.problem if isinstance(refusal, _UnfitError) else str(refusal)
+            except (RowsError, _UnfitError) as refusal:
+                alike = refusal.problem
             prompted = self._try(coefficients, fuse, rows)
-            self.alike = alike.rpartition("; ")[0] or alike  # without advice on another way to set mixes
+            self.alike = alike
             return prompted
         return self._try(coefficients, fuse, rows)
 

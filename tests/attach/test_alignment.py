@@ -294,7 +294,7 @@ def test_save_pretrained_of_an_attached_model_saves_the_base(
 @pytest.mark.parametrize("hooks", ["beside", "inside"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiled_fullgraph_follows_coefficients_without_recompiling(backend: str, hooks: str) -> None:
-    """torch.compile(model) runs the model's own hooks beside its graph; a compiled caller has them inside of its own."""
+    """torch.compile(model) runs the model's own hooks beside its graph; a compiled caller has them inside."""
     model = tiny("Qwen3")
     vectors = {"a": random_vector(model, 1), "b": random_vector(model, 2)}
     alignment = alignvec.attach(model, vectors)
@@ -314,7 +314,9 @@ def test_compiled_fullgraph_follows_coefficients_without_recompiling(backend: st
                 torch.testing.assert_close(got, logits(model, 4), rtol=1e-4, atol=1e-4)
             alignment.set_rows([{}, {"a": 1.0}, {"b": 1.0}])
             if hooks == "inside":
-                assert compiled(ids(4), use_cache=False).logits.isnan().all(), "rows that do not divide a batch are loud"
+                assert compiled(ids(4), use_cache=False).logits.isnan().all(), (
+                    "rows that do not divide a batch are loud"
+                )
             else:
                 with pytest.raises(AlignvecError, match="batch of 4 does not divide over the 3 rows"):
                     compiled(ids(4), use_cache=False)

@@ -98,7 +98,7 @@ def test_the_vocabulary_is_resized_before_or_after_not_meanwhile(what: str) -> N
     else:
         weight = model.get_input_embeddings().weight
         weight.data = torch.cat([weight.data, weight.data[:3]])
-        with pytest.raises(AlignvecError, match="model.embed_tokens has 99 embeddings by now and its vectors 96"):
+        with pytest.raises(AlignvecError, match=r"model\.embed_tokens has 99 embeddings by now and its vectors 96"):
             model(IDS)
         weight.data = weight.data[:96]
         alignment.detach()

@@ -19,8 +19,11 @@ LINEAR = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_
 BOTH = {"layer_types": ["linear_attention", "full_attention"]}
 READING: list[tuple[str, dict[str, Any]]] = [
     ("Qwen3_5TextConfig", {**LINEAR, **BOTH}),
-    ("Qwen3NextConfig", {**LINEAR, **BOTH, "num_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2}
-     | {"shared_expert_intermediate_size": 16}),
+    (
+        "Qwen3NextConfig",
+        {**LINEAR, **BOTH, "num_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2}
+        | {"shared_expert_intermediate_size": 16},
+    ),
     ("MambaConfig", {"state_size": 4}),
     ("Mamba2Config", {"state_size": 4, "num_heads": 8, "head_dim": 8, "expand": 2, "n_groups": 1, "chunk_size": 4}),
     ("Lfm2Config", {"layer_types": ["conv", "full_attention"], "conv_L_cache": 3}),
@@ -168,7 +171,9 @@ def test_a_forward_that_writes_to_a_parameter_is_refused() -> None:
 def test_a_second_reference_to_a_parameter_is_refused_at_attach() -> None:
     model = built("LlamaConfig")
     model.model.layers[0].mlp.kept = [model.model.layers[0].mlp.up_proj.weight]
-    with pytest.raises(AlignvecError, match=r"model\.layers\.0\.mlp\.kept holds model\.layers\.0\.mlp\.up_proj\.weight"):
+    with pytest.raises(
+        AlignvecError, match=r"model\.layers\.0\.mlp\.kept holds model\.layers\.0\.mlp\.up_proj\.weight"
+    ):
         with_vector(model)
 
 

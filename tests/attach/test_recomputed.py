@@ -80,7 +80,7 @@ def test_two_mixes_in_one_backward_are_refused(how: Callable[..., None]) -> None
 
 def test_rows_are_computed_again_as_rows() -> None:
     model = built("LlamaConfig").train()
-    base, aligned, alignment = with_vector(model)
+    _, aligned, alignment = with_vector(model)
     by_transformers(model, False)
     alignment.set_rows([{"v": 1}, {"v": 0}])
     logits = model(IDS).logits

@@ -84,7 +84,7 @@ def test_layers_that_reorder_tokens_run_row_by_row(layer: nn.Module) -> None:
     alignment.set_rows([{"v": 1}, {"v": 0}])
     truth = torch.stack([aligned(IDS).logits[0], base(IDS).logits[1]])
     assert error(model(IDS).logits, truth) < 1e-5
-    how = dict(max_new_tokens=5, do_sample=False)
+    how = dict(max_new_tokens=5, min_new_tokens=5, do_sample=False)
     wanted = torch.stack([aligned.generate(IDS[:1], **how)[0], base.generate(IDS[1:], **how)[0]])
     assert torch.equal(model.generate(IDS, **how), wanted)
     alignment.set(v=1)
@@ -99,7 +99,7 @@ def test_a_model_that_is_position_first_is_refused_by_name() -> None:
     torch.manual_seed(0)
     config = transformers.XLNetConfig(vocab_size=96, d_model=32, n_layer=2, n_head=4, d_inner=48)
     model = transformers.XLNetLMHeadModel(config).eval()
-    base, aligned, alignment = with_vector(model)
+    _, aligned, alignment = with_vector(model)
     alignment.set(v=1)
     assert error(model(IDS).logits, aligned(IDS).logits) < 1e-5
     with pytest.raises(AlignvecError, match=r"transformer\.\w+.* set\(\) instead of set_rows"):
