@@ -103,6 +103,6 @@ def _require_untied(label: str, vector: AlignmentVector, places: Places, edited:
     for name, live in edited.items():
         if live in held and (name.startswith(HEADS) or base[name].checksum != base[held[live]].checksum):
             raise AlignvecError(
-                f"vector {label!r} edits {name} and not {held[live]}, which the model ties together: load the model "
-                "with tie_word_embeddings=False"
+                f"vector {label!r} edits {name} and not {held[live]}, which the model ties together: attach it to a "
+                "model that keeps the two apart (tie_word_embeddings=False)"
             )

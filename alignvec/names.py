@@ -194,8 +194,8 @@ def live_deltas(
         live = places.direct[name]
         if live in deltas and not _same(deltas[live](), read(name, live)):
             raise AlignvecError(
-                f"vector {label!r} has two different deltas for {live}, which the model ties together: load the model "
-                "with tie_word_embeddings=False"
+                f"vector {label!r} has two different deltas for {live}, which the model ties together: attach it to a "
+                "model that keeps the two apart (tie_word_embeddings=False)"
             )
         deltas[live] = functools.partial(read, name, live)
     layout = functools.cache(lambda: checkpoint_layout(model, known, vector.names))

@@ -101,7 +101,7 @@ def _compare(
     if wrong:
         raise AlignvecError(
             f"vector {label!r} was extracted from a different base: {len(wrong)} of {len(base)} tensors differ "
-            f"({summary(wrong, separator=', ')}){_merged(live.model)}; load that base, or attach with transfer=True"
+            f"({summary(wrong, separator=', ')}); {_remedy(live.model)}"
         )
     ignored = [re.compile(pattern) for pattern in getattr(root, "_keys_to_ignore_on_load_unexpected", None) or ()]
     absent = [name for name in places.absent if not any(pattern.search(name) for pattern in ignored)]
@@ -116,7 +116,7 @@ def _compare(
             )
 
 
-def _merged(model: nn.Module) -> str:
+def _remedy(model: nn.Module) -> str:
     if any(getattr(module, "merged_adapters", None) for module in model.modules()):
-        return " while a PEFT adapter is merged into the model: call unmerge_adapter() first"
-    return ""
+        return "a PEFT adapter is merged into the model: call unmerge_adapter() first"
+    return "load that base, or attach with transfer=True"
