@@ -181,7 +181,7 @@ class _Piece(NamedTuple):
     """The same stretch of a tensor of both sides."""
 
     base: Tensor
-    narrowed: Tensor | None  # the base's values in float16, where that is another dtype
+    narrowed: Tensor | None  # the base's values rounded to float16, where they have another dtype
     difference: tuple[Tensor, Tally] | None  # None where nothing differs
 
 

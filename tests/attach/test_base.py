@@ -128,6 +128,8 @@ def test_the_base_loaded_as_float16(dtype: torch.dtype, tmp_path: Path) -> None:
     live = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float16)
     assert not torch.equal(live.lm_head.weight.to(dtype), model.lm_head.weight)
     verify_base(live, {"v": vector, "live": alignvec.extract(model, tuned(model))})
+    merged = alignvec.merge(saved(live, tmp_path / "half"), {"v": vector}, {"v": 0.0}, tmp_path / "merged").output
+    assert torch.equal(load_file(merged / "model.safetensors")["lm_head.weight"], live.lm_head.weight)
     with torch.no_grad():
         live.model.layers[1].mlp.up_proj.weight.add_(2e-6 * torch.randn(48, 32))
     with pytest.raises(AlignvecError, match=r"1 of 21 tensors differ \(model.layers.1.mlp.up_proj.weight\)"):
