@@ -60,7 +60,7 @@ def extract(
     live model's buffers count where they differ from the other side's.
 
     Raises AlignvecError, leaving nothing behind, when the two do not have the same tensors, shapes and dtypes, when an
-    integer tensor differs, when a model has an unmerged PEFT adapter, when a delta is NaN or infinite, and when nothing
+    integer tensor differs, when one has an unmerged PEFT adapter, when a delta is NaN or infinite, and when nothing
     differs at all.
     """
     format = asked_for(format)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from alignvec.errors import AlignvecError
 from alignvec.fingerprint import dtype_name, summary
@@ -68,11 +68,19 @@ def require_fit(model: nn.Module, names: LiveNames, label: str, vector: Alignmen
             )
 
 
+def quantised_as(tensor: Tensor, method: str) -> str:
+    """What a weight is, where it is no tensor of floating-point numbers: its dtype, or the class that packs it."""
+    if tensor.dtype not in FLOATING:
+        return dtype_name(tensor.dtype)
+    plain = type(tensor) in (Tensor, nn.Parameter) or type(tensor).__name__ == "DTensor"  # a sharded tensor
+    return "" if plain or not method else type(tensor).__name__
+
+
 def _require_plain(label: str, name: str, live: str, parameter: nn.Parameter, by: str) -> None:
-    if parameter.dtype not in FLOATING:
+    if kind := quantised_as(parameter, by):
         raise AlignvecError(
-            f"vector {label!r} edits {name}, which is {dtype_name(parameter.dtype)} in the model: it is quantised{by}, "
-            "and vectors are mixed with floating-point weights alone; load the model unquantised"
+            f"vector {label!r} edits {name}, which is {kind} in the model: it is quantised{by}, and vectors are mixed "
+            "with floating-point weights alone; load the model unquantised"
         )
     if "original_module" in live.split("."):
         raise AlignvecError(

@@ -13,6 +13,7 @@ from alignvec.errors import AlignvecError
 from alignvec.fingerprint import dtype_name, summary
 from alignvec.sources import LiveSource, Source, StoredSource
 from alignvec.unloaded import Unloaded, quantisation
+from alignvec.wrappers import is_adapter
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 HEADS = ("lm_head.weight", "embed_out.weight")
@@ -96,6 +97,12 @@ def _shared(left: Source, right: Source) -> tuple[dict[str, TensorInfo], dict[st
         f"{name} is missing in {left.label}" for name in theirs if name not in ours and name not in HEADS
     ]:
         _require_unquantised(left, right, lines)
+        for side, other in ((left, theirs), (right, ours)):
+            if adapter := next((name for name in side.tensors if is_adapter(name) and name not in other), None):
+                raise AlignvecError(
+                    f"{side.label} has a PEFT adapter that is not merged into its weights ({adapter}): merge a copy "
+                    "(merge_and_unload), or read the adapter itself with from_peft"
+                )
         live = [side.label for side in (left, right) if isinstance(side, LiveSource)]
         advice = f"; save {live[0]} (save_pretrained) and extract from the two checkpoints" if len(live) == 1 else ""
         raise AlignvecError(f"{left.label} and {right.label} hold different tensors: {summary(lines)}{advice}")

@@ -39,13 +39,14 @@ class Source(Protocol):
 class StoredSource:
     """A checkpoint on disk, by the names that its model has, without what wrappers put before them when it was saved.
 
-    AlignvecError for one that was saved from a PEFT model, its adapter unmerged.
+    One that holds an unmerged PEFT adapter keeps its names.
     """
 
     def __init__(self, checkpoint: Checkpoint, label: str) -> None:
         self.checkpoint, self.label, self.config = checkpoint, label, checkpoint.config
-        _require_merged(label, checkpoint.tensors)
-        self._there = {plain: name for name, plain in plain_names(checkpoint.tensors).items()}
+        adapted = any(is_adapter(name) for name in checkpoint.tensors)
+        plain = dict.fromkeys(checkpoint.tensors) if adapted else plain_names(checkpoint.tensors)
+        self._there = {plain[name] or name: name for name in checkpoint.tensors}
         self.tensors = {plain: checkpoint.tensors[name] for plain, name in self._there.items()}
 
     def read(self, name: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
@@ -65,8 +66,8 @@ class StoredSource:
 class LiveSource:
     """The parameters of a live model, tied ones once, on any device. What is read may be the parameter's own memory.
 
-    ``plain``: by the names that the model has without its wrappers (torch.compile, DDP); AlignvecError for one with an
-    unmerged PEFT adapter. ``buffers`` are those that a checkpoint of it holds, ``computed`` the names of the others.
+    ``plain``: by the names that the model has without its wrappers (torch.compile, DDP). ``buffers`` are those that a
+    checkpoint of it holds, ``computed`` the names of the others.
     """
 
     def __init__(self, model: nn.Module, *, plain: bool = False) -> None:
@@ -74,8 +75,6 @@ class LiveSource:
         self.label = type(inner).__name__
         self.config = getattr(inner, "config", None)
         parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
-        if plain:
-            _require_merged(self.label, parameters)
         here = live_names(model, [*parameters, *buffers]) if plain else {name: name for name in [*parameters, *buffers]}
         self._values: dict[str, Tensor] = {here[n]: t for n, t in [*parameters.items(), *buffers.items()] if n in here}
         self.tensors = {here[n]: TensorInfo(p.dtype, tuple(p.shape)) for n, p in parameters.items() if n in here}
@@ -110,15 +109,6 @@ class LiveSource:
 def _persistent(model: nn.Module, name: str) -> bool:
     path, _, leaf = name.rpartition(".")
     return leaf not in model.get_submodule(path)._non_persistent_buffers_set
-
-
-def _require_merged(label: str, names: Iterable[str]) -> None:
-    found = next((name for name in names if is_adapter(name)), None)
-    if found is not None:
-        raise AlignvecError(
-            f"{label} has a PEFT adapter that is not merged into its weights ({found}): merge a copy "
-            "(merge_and_unload), or read the adapter itself with from_peft"
-        )
 
 
 def open_source(source: str | Path | nn.Module, *, plain: bool = False) -> StoredSource | LiveSource:

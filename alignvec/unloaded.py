@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any
 
@@ -17,14 +18,16 @@ class Unloaded:
 
     def __init__(self, config: Any) -> None:
         """`config`: that of a checkpoint (a dict), a transformers config, or None."""
-        self._patterns = [re.compile(pattern) for pattern in _ignored(config)]
+        self._config = config
+
+    @functools.cached_property
+    def _patterns(self) -> list[re.Pattern[str]]:
+        return [re.compile(pattern) for pattern in _ignored(self._config)]
 
     def __call__(self, name: str, shape: tuple[int, ...]) -> bool:
-        if any(pattern.search(name) for pattern in self._patterns):
-            return True
         if MASKED.search(name):
             return len(shape) == 4 and shape[:2] == (1, 1)
-        return COMPUTED.search(name) is not None
+        return COMPUTED.search(name) is not None or any(pattern.search(name) for pattern in self._patterns)
 
 
 def quantisation(config: Any) -> str:
@@ -45,5 +48,5 @@ def _ignored(config: Any) -> list[str]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     known = [*names, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(kind), "")]
-    classes = [getattr(transformers, name, None) for name in known if isinstance(name, str) and name]
+    classes = [cls for name in known if (cls := getattr(transformers, str(name), None)) is not None]
     return [p for cls in classes[:1] for p in getattr(cls, "_keys_to_ignore_on_load_unexpected", None) or ()]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from alignvec.errors import AlignvecError
-from alignvec.fingerprint import TensorIdentity, checksum, dtype_name, identifying, summary
-from alignvec.fit import FLOATING, require_fit
+from alignvec.fingerprint import TensorIdentity, checksum, identifying, summary
+from alignvec.fit import quantised_as, require_fit
 from alignvec.names import LiveNames, Places, checkpoint_layout, locate, parameter_value
 from alignvec.unloaded import quantisation
 from alignvec.vector import AlignmentVector
@@ -36,6 +38,14 @@ def verify_base(model: nn.Module, vectors: Mapping[str, AlignmentVector]) -> Non
             _compare(live, label, vector, vector.base.tensors, places)
 
 
+class _Tensor(NamedTuple):
+    """A live tensor: a key for its checksum, its shape and dtype (it may be on the meta device), and its values."""
+
+    key: str
+    like: Tensor
+    read: Callable[[], Any]
+
+
 class _Live:
     """The model's tensors, each read and hashed once for all vectors."""
 
@@ -44,23 +54,26 @@ class _Live:
         self.parameters, self.buffers = dict(model.named_parameters()), dict(model.named_buffers())
         self._checksums: dict[str, str] = {}
 
-    def tensors(self, places: Places) -> dict[str, tuple[str, Tensor]]:
-        """The live tensors that a vector's base has a name for: a key for the checksum, and the value."""
+    def tensors(self, places: Places) -> dict[str, _Tensor]:
+        """The live tensors that a vector's base has a name for."""
         found = {}
         for name, live in places.direct.items():
-            found[name] = (live, parameter_value(self.model, live, self.parameters[live]))
+            parameter = self.parameters[live]
+            read = functools.partial(parameter_value, self.model, live, parameter)
+            found[name] = _Tensor(live, parameter, read)
         for name, live in places.buffers.items():
             if self._persistent(live):
-                found[name] = (live, self.buffers[live])
+                found[name] = _Tensor(live, self.buffers[live], functools.partial(self.buffers.get, live))
         if converted := places.converted:
             layout = checkpoint_layout(self.model, self.names, converted)
-            found |= {name: (f"{name} stored", layout[name]) for name in converted if name in layout}
+            for name in converted.keys() & layout.keys():
+                found[name] = _Tensor(f"{name} stored", layout[name], functools.partial(layout.get, name))
         return found
 
-    def checksum(self, key: str, tensor: Tensor) -> str:
-        if key not in self._checksums:
-            self._checksums[key] = checksum(tensor)
-        return self._checksums[key]
+    def checksum(self, tensor: _Tensor) -> str:
+        if tensor.key not in self._checksums:
+            self._checksums[tensor.key] = checksum(tensor.read())
+        return self._checksums[tensor.key]
 
     def _persistent(self, live: str) -> bool:
         path, _, leaf = live.rpartition(".")
@@ -72,24 +85,27 @@ def _compare(
 ) -> None:
     tensors = live.tensors(places)
     root = live.names.root
-    quantised = [n for n, (_, tensor) in tensors.items() if tensor.dtype not in FLOATING]
+    ignored = [re.compile(pattern) for pattern in getattr(root, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    absent = [name for name in places.absent if not any(pattern.search(name) for pattern in ignored)]
+    method = quantisation(getattr(root, "config", None))
+    quantised = [f"{name} is {kind}" for name, t in tensors.items() if (kind := quantised_as(t.like, method))]
+    quantised += [f"it does not hold {name} as a weight" for name in absent if method]
     if quantised:
-        method = quantisation(getattr(root, "config", None))
         raise AlignvecError(
             f"{type(root).__name__} is quantised{f' ({method})' if method else ''}, so that it cannot be compared with "
-            f"the base of vector {label!r}: {quantised[0]} is {dtype_name(tensors[quantised[0]][1].dtype)}; load the "
-            "model unquantised, or attach with transfer=True, since the vector edits none of the quantised weights"
+            f"the base of vector {label!r}: {quantised[0]}; load the model unquantised, or attach with transfer=True, "
+            "since the vector edits none of the quantised weights"
         )
     wrong: list[str] = []
     unknown: list[str] = []
     for name, identity in base.items():
         if name in places.absent or (name in places.buffers and name not in tensors):
             continue
-        key, tensor = tensors.get(name, ("", None))
-        if tensor is None or tuple(tensor.shape) != tuple(identity.shape):
+        tensor = tensors.get(name)
+        if tensor is None or tuple(tensor.like.shape) != tuple(identity.shape):
             wrong.append(name)
-        elif live.checksum(key, tensor) not in (identity.checksum, identity.float16):
-            narrowed = tensor.dtype == torch.float16 and identity.dtype != "float16" and identity.float16 is None
+        elif live.checksum(tensor) not in (identity.checksum, identity.float16):
+            narrowed = tensor.like.dtype == torch.float16 and identity.dtype != "float16" and identity.float16 is None
             (unknown if narrowed else wrong).append(name)
     if unknown and not wrong:
         raise AlignvecError(
@@ -103,8 +119,6 @@ def _compare(
             f"vector {label!r} was extracted from a different base: {len(wrong)} of {len(base)} tensors differ "
             f"({summary(wrong, separator=', ')}); {_remedy(live.model)}"
         )
-    ignored = [re.compile(pattern) for pattern in getattr(root, "_keys_to_ignore_on_load_unexpected", None) or ()]
-    absent = [name for name in places.absent if not any(pattern.search(name) for pattern in ignored)]
     sizes = {} if not absent or vector.base is None else vector.base.config
     here = identifying(getattr(root, "config", None)) if sizes else {}
     for key in sizes.keys() & here.keys() - {"model_type"}:

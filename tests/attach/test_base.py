@@ -15,8 +15,7 @@ import alignvec
 from alignvec import AlignmentVector, AlignvecError
 from alignvec.names import live_deltas, parameter_names
 from alignvec.verify import verify_base
-from tests.attach.test_checkpoint_layouts import FAMILIES
-from tests.attach.transferred import added, new, tuned
+from tests.attach.transferred import FAMILIES, added, new, tuned
 
 NEXT = dict(
     num_experts=4,
@@ -208,6 +207,25 @@ def test_layers_of_packed_integers() -> None:
             module.register_buffer("qweight", torch.zeros(4, 32, dtype=torch.int32))
     base.config.quantization_config = {"quant_method": "gptq"}
     with pytest.raises(AlignvecError, match=r"quantised \(gptq\), does not hold as weights: .*load the model unquant"):
+        alignvec.attach(base, {"v": vector}, transfer=True)
+    norm = AlignmentVector({"model.norm.weight": vector["model.norm.weight"]}, vector.base)
+    with pytest.raises(AlignvecError, match=r"gptq.*it does not hold model.layers.0.self_attn.q_proj.weight as"):
+        verify_base(base, {"v": norm})
+
+
+class Packed(nn.Parameter):
+    """As torchao's weights: a class of its own that says that it is floating."""
+
+
+def test_weights_that_a_class_packs() -> None:
+    base = new("Llama")
+    vector = alignvec.extract(base, tuned(base))
+    base.model.layers[0].mlp.up_proj.weight = Packed(base.model.layers[0].mlp.up_proj.weight.detach())
+    verify_base(base, {"v": vector})
+    base.config.quantization_config = {"quant_method": "torchao"}
+    with pytest.raises(
+        AlignvecError, match=r"up_proj.weight, which is Packed in the model: it is quantised \(torchao\)"
+    ):
         alignvec.attach(base, {"v": vector}, transfer=True)
 
 

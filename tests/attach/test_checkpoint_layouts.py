@@ -14,25 +14,7 @@ from alignvec import AlignmentVector, AlignvecError
 from alignvec.formats import decode
 from alignvec.names import live_deltas, parameter_names
 from alignvec.verify import verify_base
-from tests.attach.transferred import added, llava, new, tuned
-
-MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
-GROUPS = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
-FAMILIES: dict[str, dict] = {
-    "Llama": {},
-    "GPTNeoX": {},
-    "GPT2": {},
-    "Gemma": {"tie_word_embeddings": True},
-    "Phi3": {"pad_token_id": 0},
-    "Mixtral": {"num_local_experts": 12, "num_experts_per_tok": 2},  # experts 10 and 11 come after 9
-    "Qwen2Moe": {"num_experts": 4, "shared_expert_intermediate_size": 16, **MOE},
-    "Qwen3Moe": {"num_experts": 4, **MOE},
-    "Glm4Moe": {**MOE, **GROUPS},
-    "DeepseekV3": {**MOE, **GROUPS, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
-                   "v_head_dim": 8},
-    "GptOss": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "Olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
-}  # fmt: skip
+from tests.attach.transferred import FAMILIES, added, llava, new, tuned
 
 
 def qwen2_vl() -> nn.Module:

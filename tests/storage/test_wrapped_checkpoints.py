@@ -102,6 +102,9 @@ def test_unmerged_adapters_and_quantised_checkpoints_are_named(tmp_path: Path) -
     }
     with pytest.raises(AlignvecError, match=r"lora has a PEFT adapter .*lora_A.* from_peft"):
         extract(left, write_checkpoint(tmp_path / "lora", lora))
+    moved = {name: tensor + 1 if "lora_A" in name else tensor for name, tensor in lora.items()}
+    both = extract(tmp_path / "lora", write_checkpoint(tmp_path / "tuned", moved))  # a model that has one built in
+    assert list(both) == ["base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"]
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     with pytest.raises(AlignvecError, match="PEFT adapter, which from_peft reads"):
