@@ -112,7 +112,8 @@ class _Walk:
         self._require_no_second_reference()
         paths: dict[nn.Module, str] = {}
         for path, module in self.model.named_modules():
-            paths.setdefault(module, path)
+            if path:  # nothing holds the model itself, and its own parameters are refused
+                paths.setdefault(module, path)
         return [
             Swap(module, view(module, edit))
             for module, path in paths.items()
