@@ -26,7 +26,7 @@ from alignvec.pairing import HEADS, tied_to
 from alignvec.progress import bytes_bar
 from alignvec.rounding import ROUNDINGS, RealisedCoefficients, mix_
 from alignvec.sources import StoredSource, in_order, open_source
-from alignvec.stored_base import bind, knows, require_base
+from alignvec.stored_base import bind, knows, require_base, same_values
 from alignvec.tokenizer_files import TEMPLATES, TokenizerWarning, copy_tokenizer, notes_on, replacement_for
 from alignvec.vector import AlignmentVector
 from alignvec.writer import ShardWriter, output_folder, write_json
@@ -242,7 +242,7 @@ class _Run:
         for label in self.checked:
             vector = self.plan.vectors[label]
             assert vector.base is not None
-            if name in vector.base.tensors and vector.base.tensors[name].checksum != checksum.hexdigest():
+            if name in vector.base.tensors and not same_values(vector, name, checksum.hexdigest()):
                 require_base(self.plan.source, label, vector)  # names all that differ
 
 

@@ -34,7 +34,9 @@ def require_base(source: Source, label: str, vector: AlignmentVector, *, values:
             digest = Checksum()
             for piece in source.chunks(name) if values else ():
                 digest.update(piece)
-            identities[name] = TensorIdentity(info.shape, dtype_name(info.dtype), digest.hexdigest())
+            found = TensorIdentity(info.shape, dtype_name(info.dtype), digest.hexdigest())
+            same = name in known and found.shape == known[name].shape and same_values(vector, name, found.checksum)
+            identities[name] = known[name] if same else found
     for name, identity in known.items():
         if name not in source.tensors and name not in vector and _no_parameter(name, identity):
             identities[name] = identity
@@ -54,6 +56,15 @@ def bind(source: Source, label: str, vector: AlignmentVector, *, transfer: bool)
             "needed, too (alignvec convert --base)"
         )
     return vector.with_base(source, verify=False)
+
+
+def same_values(vector: AlignmentVector, name: str, checksum: str) -> bool:
+    """Whether a tensor with this checksum has the values of the vector's base, or, where no lossless delta is read as
+    steps from their bits, those values as float16 has them."""
+    assert vector.base is not None
+    identity = vector.base.tensors[name]
+    exact = name in vector and vector.format_of(name).name == "lossless"
+    return checksum == identity.checksum or (not exact and checksum == getattr(identity, "float16", None))
 
 
 def knows(vector: AlignmentVector, name: str) -> bool:
