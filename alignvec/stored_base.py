@@ -12,7 +12,6 @@ from alignvec.sources import Source
 from alignvec.vector import AlignmentVector
 
 NOT_LOADED = re.compile(r"\.inv_freq$|\.masked_bias$|(^|\.)mtp\.")  # stored by some versions of a model, not by others
-OTHER_VALUES = ": other values"  # how a line of BaseIdentity.differences ends
 MASK = re.compile(r"\.(attn|attention)\.bias$")  # a mask [1, 1, tokens, tokens], where it has four dimensions
 
 
@@ -28,21 +27,22 @@ def require_base(source: Source, label: str, vector: AlignmentVector, *, values:
         return
     known = vector.base.tensors
     heads = [head for head in HEADS if head in source.tensors and head not in known and tied_to(source, head) is None]
-    identities = {}
+    identities, other = {}, []
     for name, info in source.tensors.items():
         if info.dtype.is_floating_point and (name in known or name in heads):
-            digest = Checksum()
-            for piece in source.chunks(name) if values else ():
-                digest.update(piece)
-            found = TensorIdentity(info.shape, dtype_name(info.dtype), digest.hexdigest())
-            same = name in known and found.shape == known[name].shape and same_values(vector, name, found.checksum)
-            identities[name] = known[name] if same else found
+            identities[name] = TensorIdentity(info.shape, dtype_name(info.dtype), "")
+            if values and name in known and info.shape == known[name].shape:
+                digest = Checksum()
+                for piece in source.chunks(name):
+                    digest.update(piece)
+                if not same_values(vector, name, digest.hexdigest()):
+                    other.append(name)
     for name, identity in known.items():
         if name not in source.tensors and name not in vector and _no_parameter(name, identity):
             identities[name] = identity
-    lines = vector.base.differences(BaseIdentity(identifying(source.config), identities), values=values)
-    if lines:
-        raise AlignvecError(_refusal(source, label, vector.base, lines))
+    lines = vector.base.differences(BaseIdentity(identifying(source.config), identities), values=False)
+    if lines or other:
+        raise AlignvecError(_refusal(source, label, vector.base, lines, [name for name in known if name in other]))
 
 
 def bind(source: Source, label: str, vector: AlignmentVector, *, transfer: bool) -> AlignmentVector:
@@ -103,10 +103,10 @@ def _require_places(source: Source, label: str, vector: AlignmentVector) -> None
     )
 
 
-def _refusal(source: Source, label: str, base: BaseIdentity, lines: list[str]) -> str:
+def _refusal(source: Source, label: str, base: BaseIdentity, lines: list[str], names: list[str]) -> str:
+    """``lines``: differences of names, shapes and config; ``names``: tensors of other values."""
     differ = f"vector {label!r} was extracted from a different base than {source.label}"
-    names = [line.removesuffix(OTHER_VALUES) for line in lines if line.endswith(OTHER_VALUES)]
-    if len(names) < len(lines):
+    if lines:
         return f"{differ} ({summary(lines)}): use the one that it was extracted from"
     before = sorted({base.tensors[name].dtype for name in names})
     here = sorted({dtype_name(source.tensors[name].dtype) for name in names})
