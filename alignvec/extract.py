@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,9 @@ from alignvec.errors import AlignvecError
 from alignvec.fingerprint import BaseIdentity, Checksum, TensorIdentity, dtype_name, identifying, summary
 from alignvec.pairing import Plan, match
 from alignvec.progress import bytes_bar
+from alignvec.selection import Patterns, as_patterns, selected
 from alignvec.sources import SLOTS, Source, StoredSource, in_order, open_source
+from alignvec.tokenizer_files import tokenizer_record
 from alignvec.vector import AlignmentVector
 from alignvec.writer import ShardWriter, output_folder
 
@@ -36,6 +38,8 @@ def extract(
     *,
     format: str = "dense",
     dtype: str | torch.dtype | None = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
     output: str | Path | None = None,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
@@ -54,13 +58,21 @@ def extract(
     ``vector.errors`` says what each tensor lost. ``"lossless"`` takes 16-bit checkpoints and gives the aligned one back
     bit for bit.
 
+    ``include`` and ``exclude`` keep, or leave out, tensors whose names match a pattern, as in ``vector.select``; the
+    base's identity stays whole, and a tensor left out may differ in any way. ``vector.source`` also keeps what the
+    aligned model's tokenizer is known by, which ``merge`` compares with its base's.
+
     Raises AlignvecError, leaving nothing behind, when the two do not have the same tensors, shapes and dtypes, when an
     integer tensor differs, when a delta is NaN or infinite, and when nothing differs at all.
     """
     format = asked_for(format)
     left, right = open_source(base), open_source(aligned)
     plan = match(left, right, None if dtype is None else parse_dtype(dtype))
-    source: dict[str, Any] = {"base": left.label, "aligned": right.label}
+    source: dict[str, Any] = {"base": left.label, "aligned": right.label} | tokenizer_record(right)
+    if as_patterns(include) or as_patterns(exclude):
+        names = [*plan.stored, *plan.integers]
+        plan = replace(plan, left_out=frozenset(names) - frozenset(selected(names, include, exclude)))
+        source["selected"] = [{"include": as_patterns(include), "exclude": as_patterns(exclude)}]
     if output is None:
         if format != "dense":
             vector = _survey(left, right, plan, format, source, progress)
@@ -94,7 +106,9 @@ def _survey(
     exact = Difference(left, right, list(plan.stored))
     wide = {name: TensorInfo(exact.tensors[name].dtype, info.shape) for name, info in plan.stored.items()}
     survey = _Survey()
-    identity, _, _ = _stream(left, right, Plan(wide, plan.integers, format.startswith("lossless")), survey, progress)
+    identity, _, _ = _stream(
+        left, right, replace(plan, stored=wide, bits=format.startswith("lossless")), survey, progress
+    )
     order = [name for name in left.tensors if name in survey.found]
     return AlignmentVector(Difference(left, right, order), identity, source=source)
 
@@ -126,7 +140,7 @@ def _stream(
             info = left.tensors[name]
             pieces = (next(results) for _ in range(0, info.numel, CHUNK))
             if name in plan.integers:
-                if sum(1 for base, delta in _shown(pieces, advance) if delta is not None):
+                if sum(1 for base, delta in _shown(pieces, advance) if delta is not None) and name not in plan.left_out:
                     differing.append(name)
                 continue
             checksum, own = Checksum(), Tally()
@@ -134,6 +148,8 @@ def _stream(
             zeros, found = 0, False  # zeros that come before the first change are not written until there is one
             for base, result in _shown(pieces, advance):
                 checksum.update(base)
+                if name in plan.left_out:
+                    continue
                 if result is None and not found:
                     zeros += base.numel()
                     continue
@@ -155,7 +171,8 @@ def _stream(
     if differing:
         raise AlignvecError(f"integer tensors differ, which no vector can hold: {summary(differing)}")
     if not kept:
-        raise AlignvecError(f"{left.label} and {right.label} hold the same values: there is nothing to extract")
+        where = " in the tensors that include and exclude leave" if plan.left_out else ""
+        raise AlignvecError(f"{left.label} and {right.label} hold the same values{where}: there is nothing to extract")
     order = [name for name in left.tensors if name in identities]
     identity = BaseIdentity(identifying(left.config), {name: identities[name] for name in order})
     relative = math.sqrt(tally.error / tally.square) if tally.square else 0.0

@@ -23,6 +23,7 @@ class Plan:
     stored: dict[str, TensorInfo]  # floating tensors to subtract: the delta's dtype and shape, widest dtype first
     integers: list[str]  # tensors that have to be equal
     bits: bool = False  # a zero that changed its sign counts as a difference
+    left_out: frozenset[str] = frozenset()  # tensors of which no delta is wanted
 
 
 def match(left: Source, right: Source, dtype: torch.dtype | None) -> Plan:
