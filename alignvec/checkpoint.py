@@ -198,6 +198,8 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _advice(path: Path) -> str:
+    if (path / "adapter_config.json").is_file():
+        return "it is a PEFT adapter, which from_peft reads"
     pickled = path.suffix in (pattern[1:] for pattern in PICKLES) or (
         path.is_dir() and any(next(path.glob(pattern), None) for pattern in PICKLES)
     )

@@ -97,7 +97,8 @@ class Difference(_Computed):
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         dtype = self.tensors[name].dtype
-        delta = self.right.read(name, start, stop).to(dtype).sub_(self.base.read(name, start, stop).to(dtype))
+        # Not in place: what a live model's source gives is the model's own memory.
+        delta = self.right.read(name, start, stop).to(dtype) - self.base.read(name, start, stop).to(dtype)
         require_finite(name, delta)
         return delta
 

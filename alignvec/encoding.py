@@ -160,7 +160,7 @@ class _Run:
             return _whole(self.vector.read, name, info.numel, info.dtype).view(info.shape), base, None
         after = self.aligned.tensors[name].dtype
         aligned = _whole(self.aligned.read, name, info.numel, after).view(info.shape)
-        return aligned.to(info.dtype).sub_(base), base, aligned
+        return aligned.to(info.dtype) - base, base, aligned
 
     def _matrices(self) -> Iterator[Tensor]:
         """Pieces of the deltas that sparse would store, in the dtype that it would store."""

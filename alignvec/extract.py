@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,8 @@ from alignvec.deltas import dense_header, require_finite
 from alignvec.description import STEM, Error, describe
 from alignvec.encoding import asked_for, encoded_in_memory, write_encoded
 from alignvec.errors import AlignvecError
-from alignvec.fingerprint import BaseIdentity, Checksum, TensorIdentity, dtype_name, identifying, summary
-from alignvec.pairing import Plan, match
+from alignvec.fingerprint import BaseIdentity, Checksum, TensorIdentity, dtype_name, identifying, narrowed
+from alignvec.pairing import Plan, alike, match, require_equal
 from alignvec.progress import bytes_bar
 from alignvec.selection import Patterns, as_patterns, selected
 from alignvec.sources import SLOTS, Source, StoredSource, in_order, open_source
@@ -62,16 +63,22 @@ def extract(
     base's identity stays whole, and a tensor left out may differ in any way. ``vector.source`` also keeps what the
     aligned model's tokenizer is known by, which ``merge`` compares with its base's.
 
+    Names are the base's, without what a wrapper (torch.compile, DDP, FSDP) puts before them. Tensors that one side
+    alone has are passed over where the model does not load them (a rotary table, a multi-token prediction head). A
+    live model's buffers count where they differ from the other side's.
+
     Raises AlignvecError, leaving nothing behind, when the two do not have the same tensors, shapes and dtypes, when an
-    integer tensor differs, when a delta is NaN or infinite, and when nothing differs at all.
+    integer tensor differs, when one has an unmerged PEFT adapter, when a delta is NaN or infinite, and when nothing
+    differs at all.
     """
     format = asked_for(format)
-    left, right = open_source(base), open_source(aligned)
+    left = open_source(base, plain=True)
+    right = alike(left, open_source(aligned, plain=True))
     plan = match(left, right, None if dtype is None else parse_dtype(dtype))
     source: dict[str, Any] = {"base": left.label, "aligned": right.label} | tokenizer_record(right)
     if as_patterns(include) or as_patterns(exclude):
         names = [*plan.stored, *plan.integers]
-        plan = replace(plan, left_out=frozenset(names) - frozenset(selected(names, include, exclude)))
+        plan = dataclasses.replace(plan, left_out=frozenset(names) - frozenset(selected(names, include, exclude)))
         source["selected"] = [{"include": as_patterns(include), "exclude": as_patterns(exclude)}]
     if output is None:
         if format != "dense":
@@ -106,9 +113,8 @@ def _survey(
     exact = Difference(left, right, list(plan.stored))
     wide = {name: TensorInfo(exact.tensors[name].dtype, info.shape) for name, info in plan.stored.items()}
     survey = _Survey()
-    identity, _, _ = _stream(
-        left, right, replace(plan, stored=wide, bits=format.startswith("lossless")), survey, progress
-    )
+    bits = format.startswith("lossless")
+    identity, _, _ = _stream(left, right, dataclasses.replace(plan, stored=wide, bits=bits), survey, progress)
     order = [name for name in left.tensors if name in survey.found]
     return AlignmentVector(Difference(left, right, order), identity, source=source)
 
@@ -140,20 +146,22 @@ def _stream(
             info = left.tensors[name]
             pieces = (next(results) for _ in range(0, info.numel, CHUNK))
             if name in plan.integers:
-                if sum(1 for base, delta in _shown(pieces, advance) if delta is not None) and name not in plan.left_out:
+                if sum(1 for p in _shown(pieces, advance) if p.difference is not None) and name not in plan.left_out:
                     differing.append(name)
                 continue
-            checksum, own = Checksum(), Tally()
+            checksum, narrow, own = Checksum(), Checksum(), Tally()
             writer.begin(name, plan.stored[name].dtype, info.shape)
             zeros, found = 0, False  # zeros that come before the first change are not written until there is one
-            for base, result in _shown(pieces, advance):
-                checksum.update(base)
+            for piece in _shown(pieces, advance):
+                checksum.update(piece.base)
+                narrow.update(piece.base if piece.narrowed is None else piece.narrowed)
                 if name in plan.left_out:
                     continue
-                if result is None and not found:
-                    zeros += base.numel()
+                numel = piece.base.numel()
+                if piece.difference is None and not found:
+                    zeros += numel
                     continue
-                delta, part = result or (torch.zeros(base.numel(), dtype=plan.stored[name].dtype), Tally())
+                delta, part = piece.difference or (torch.zeros(numel, dtype=plan.stored[name].dtype), Tally())
                 require_finite(name, delta)
                 for start in range(0, zeros, CHUNK):
                     writer.write(torch.zeros(min(CHUNK, zeros - start), dtype=delta.dtype))
@@ -167,28 +175,38 @@ def _stream(
             else:
                 writer.roll_back()
             kept += found
-            identities[name] = TensorIdentity(info.shape, dtype_name(info.dtype), checksum.hexdigest())
-    if differing:
-        raise AlignvecError(f"integer tensors differ, which no vector can hold: {summary(differing)}")
+            identities[name] = TensorIdentity(
+                info.shape, dtype_name(info.dtype), checksum.hexdigest(), narrow.hexdigest()
+            )
+    require_equal(left, right, differing)
     if not kept:
         where = " in the tensors that include and exclude leave" if plan.left_out else ""
         raise AlignvecError(f"{left.label} and {right.label} hold the same values{where}: there is nothing to extract")
+    for name in plan.alone:
+        identities[name] = TensorIdentity.of(
+            left.read(name, 0, left.tensors[name].numel).view(left.tensors[name].shape)
+        )
     order = [name for name in left.tensors if name in identities]
     identity = BaseIdentity(identifying(left.config), {name: identities[name] for name in order})
     relative = math.sqrt(tally.error / tally.square) if tally.square else 0.0
     return identity, {"inexact_values": tally.inexact, "rounding_error": relative}, errors
 
 
-Result = tuple[Tensor, "tuple[Tensor, Tally] | None"]
+class _Piece(NamedTuple):
+    """The same stretch of a tensor of both sides."""
+
+    base: Tensor
+    narrowed: Tensor | None  # the base's values rounded to float16, where they have another dtype
+    difference: tuple[Tensor, Tally] | None  # None where nothing differs
 
 
-def _shown(pieces: Iterator[Result], advance: Callable[[int], None]) -> Iterator[Result]:
+def _shown(pieces: Iterator[_Piece], advance: Callable[[int], None]) -> Iterator[_Piece]:
     for piece in pieces:
         yield piece
-        advance(piece[0].nbytes)
+        advance(piece.base.nbytes)
 
 
-def _jobs(left: Source, right: Source, plan: Plan) -> Iterator[Callable[[int], Result]]:
+def _jobs(left: Source, right: Source, plan: Plan) -> Iterator[Callable[[int], _Piece]]:
     """Jobs that read a piece of both sides into the slot's buffers and subtract."""
     names = [*plan.stored, *plan.integers]
     kinds = [side[name].dtype for side in (left.tensors, right.tensors, plan.stored) for name in names if name in side]
@@ -196,15 +214,15 @@ def _jobs(left: Source, right: Source, plan: Plan) -> Iterator[Callable[[int], R
     longest = min(CHUNK, max((left.tensors[name].numel for name in names), default=0))
     buffers = [torch.empty(3, -(-longest * width // 8) * 8, dtype=torch.uint8) for _ in range(SLOTS)]
 
-    def job(slot: int, name: str, start: int, stop: int) -> Result:
+    def job(slot: int, name: str, start: int, stop: int) -> _Piece:
         mine = left.read(name, start, stop, buffers[slot][0])
         theirs = right.read(name, start, stop, buffers[slot][1])
         if name in plan.stored:
             result = difference(mine, theirs, plan.stored[name].dtype, buffers[slot][2])
             if result is None and plan.bits and not (mine.dtype == theirs.dtype and _same_bytes(mine, theirs)):
                 result = torch.zeros(mine.numel(), dtype=plan.stored[name].dtype), Tally()
-            return mine, result
-        return mine, None if torch.equal(mine, theirs) else (theirs, Tally())
+            return _Piece(mine, narrowed(mine), result)
+        return _Piece(mine, None, None if torch.equal(mine, theirs) else (theirs, Tally()))
 
     for name in names:
         numel = left.tensors[name].numel

@@ -3,39 +3,145 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from alignvec.conversion import Group, Shapes, plan, stored_layout
 from alignvec.errors import AlignvecError
-from alignvec.fingerprint import checksum, summary
+from alignvec.fingerprint import checksum
+from alignvec.fit import HEADS, require_fit
 from alignvec.formats import Encoded, decode
 from alignvec.formats.lossless import DTYPES
 from alignvec.vector import AlignmentVector
+from alignvec.wrappers import INSIDE, inner_model, live_names, plain_names
 
 Delta = Callable[[], Encoded]
 
 
-def parameter_names(model: nn.Module) -> dict[str, str]:
-    """Every name that a parameter goes by (tied weights have several) -> the first of them."""
-    first: dict[int, str] = {}
-    return {
-        name: first.setdefault(id(parameter), name)
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-    }
+class LiveNames(dict[str, str]):
+    """Every name that a parameter goes by (tied weights have several) -> the first of them.
 
-
-def resolve(model: nn.Module, names: dict[str, str], name: str) -> str | None:
-    """The live name of a checkpoint tensor, also when one of the two was saved without its head; None if there is none.
-
-    A checkpoint of a backbone says `layers.0...` where the full model says `model.layers.0...`, and the reverse.
+    `root` is the transformers model inside what wraps it, `plain` the parameters by their names in that model, and
+    `buffers` its buffers, persistent or not, alike.
     """
-    prefix = getattr(model, "base_model_prefix", "")
+
+    def __init__(self, model: nn.Module) -> None:
+        first: dict[int, str] = {}
+        super().__init__(
+            (name, first.setdefault(id(parameter), name))
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+        )
+        _, self.root = inner_model(model)
+        self.plain = {plain: self[name] for name, plain in live_names(model, self).items()}
+        self.buffers = {plain: name for name, plain in live_names(model, dict(model.named_buffers())).items()}
+
+
+def parameter_names(model: nn.Module) -> LiveNames:
+    """Every name that a parameter goes by (tied weights have several) -> the first of them."""
+    return LiveNames(model)
+
+
+def resolve(model: nn.Module, names: Mapping[str, str], name: str) -> str | None:
+    """The live name of a checkpoint tensor; None if there is none.
+
+    Wrappers of the live model do not matter, nor whether one of the two was saved without its head: a checkpoint of a
+    backbone says `layers.0...` where the full model says `model.layers.0...`, and the reverse.
+    """
+    places = [names, names.plain] if isinstance(names, LiveNames) else [names]
+    root = names.root if isinstance(names, LiveNames) else model
+    return _find(places, getattr(root, "base_model_prefix", ""), name)
+
+
+def _find(places: Iterable[Mapping[str, str]], prefix: str, name: str) -> str | None:
     for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
-        if candidate in names:
-            return names[candidate]
+        for known in places:
+            if candidate in known:
+                return known[candidate]
     return None
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the tensors that a vector knows are in a live model."""
+
+    direct: dict[str, str]  # name -> the live parameter that it is
+    groups: list[Group]  # names that a rule of loading turns into live tensors of another layout
+    buffers: dict[str, str]  # name -> the live buffer that it is
+    absent: list[str]  # names that the model has nothing for
+
+    @property
+    def converted(self) -> dict[str, Group]:
+        return {name: group for group in self.groups for name in group.names}
+
+
+def known_shapes(vector: AlignmentVector) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors that the vector knows: those of its base, or, where it names none, those that it edits."""
+    base = {} if vector.base is None else {name: tuple(t.shape) for name, t in vector.base.tensors.items()}
+    return base | {name: tuple(info.shape) for name, info in vector.tensors.items()}
+
+
+def locate(model: nn.Module, names: LiveNames, vector: AlignmentVector) -> Places:
+    """Find the place of every tensor that the vector knows.
+
+    Names are looked for as they are, then by the rules that transformers loads checkpoints with, and then, where the
+    vector edits nothing but a text model that is part of this one, in its language model.
+    """
+    stored = known_shapes(vector)
+    plain = plain_names(stored)
+    direct = {n: live for n in stored if (live := resolve(model, names, n) or resolve(model, names, plain[n]))}
+    groups: list[Group] = []
+    buffers: dict[str, str] = {}
+    if len(direct) < len(stored):
+        for group in plan(names.root, [*names.plain, *names.buffers], stored):
+            if group.converter is not None:
+                groups.append(group)
+            elif group.target in names.plain:
+                direct[group.names[0]] = names.plain[group.target]
+            else:
+                buffers[group.names[0]] = names.buffers[group.target]
+        for name in [name for group in groups for name in group.names]:
+            direct.pop(name, None)
+        prefix = getattr(names.root, "base_model_prefix", "")
+        placed = direct.keys() | buffers.keys() | {name for group in groups for name in group.names}
+        buffers |= {n: live for n in stored if n not in placed and (live := _find([names.buffers], prefix, n))}
+        if any(name not in direct and name not in placed for name in vector.names):
+            direct |= _in_language_model(model, names, vector, stored)
+    placed = direct.keys() | buffers.keys() | {name for group in groups for name in group.names}
+    return Places(direct, groups, buffers, [name for name in stored if name not in placed])
+
+
+def _in_language_model(model: nn.Module, names: LiveNames, vector: AlignmentVector, stored: Shapes) -> dict[str, str]:
+    """The places of a text model's tensors in the language model that is part of `model`.
+
+    It is believed only where all tensors that the vector edits are there, with their shapes.
+    """
+    root: Any = names.root
+    decoder = root.get_decoder() if hasattr(root, "get_decoder") else None
+    path = next((path for path, module in root.named_modules() if path and module is decoder), None)
+    if path is None:
+        return {}
+    path = ".".join(part for part in path.split(".") if part not in INSIDE)
+    parameters = dict(model.named_parameters())
+    head = getattr(root.get_output_embeddings() if hasattr(root, "get_output_embeddings") else None, "weight", None)
+    heads = [name for name, parameter in parameters.items() if parameter is head]
+    first = {name.partition(".")[0] for name in stored if not name.startswith(HEADS)}
+    prefix = f"{first.pop()}." if len(first) == 1 else ""
+
+    def place(name: str) -> str | None:
+        if name.startswith(HEADS):
+            return heads[0] if heads and name.endswith(".weight") else None
+        return names.plain.get(f"{path}.{name.removeprefix(prefix)}")
+
+    found = {name: live for name in stored if (live := place(name)) is not None}
+    fits = all(
+        name in found and tuple(parameters[found[name]].shape) == tuple(info.shape)
+        for name, info in vector.tensors.items()
+    )
+    return found if fits else {}
 
 
 def parameter_value(model: nn.Module, name: str, parameter: nn.Parameter) -> Tensor:
@@ -50,112 +156,97 @@ def parameter_value(model: nn.Module, name: str, parameter: nn.Parameter) -> Ten
     return value
 
 
-def checkpoint_layout(model: nn.Module) -> Mapping[str, Tensor]:
+def checkpoint_layout(model: nn.Module, names: LiveNames, wanted: Iterable[str]) -> Mapping[str, Tensor]:
     """The model's parameters by checkpoint names and shapes, for those whose live layout is another (experts)."""
-    try:
-        from transformers.core_model_loading import revert_weight_conversion
-
-        with torch.no_grad():
-            return revert_weight_conversion(model, dict(model.named_parameters()))  # type: ignore[arg-type]
-    except (ImportError, AttributeError):
-        return {}
+    parameters = dict(model.named_parameters())
+    values = {plain: parameter_value(model, live, parameters[live]) for plain, live in names.plain.items()}
+    return stored_layout(names.root, values, wanted)
 
 
 def live_deltas(
     model: nn.Module, names: dict[str, str], label: str, vector: AlignmentVector, transfer: bool = False
 ) -> dict[str, Delta]:
-    """The vector's deltas by the live model's parameter names: functions that read one and check that it fits.
+    """The vector's deltas by the live model's parameter names: functions that read one.
 
     Checkpoints that store weights in another layout than the live model (one tensor per expert on disk, three
-    dimensions in memory) are converted by transformers' own loading code: conversions are linear, so they convert
-    differences as they convert weights. What it gives is dense.
+    dimensions in memory) are converted by transformers' own rules, which are linear: see `conversion`. What those give
+    is dense. A parameter gets a delta only where the vector has one for it, or for a part of it.
 
     transfer: the model need not be the vector's base; lossless deltas, which are steps from the base's values, are then
     read with the base that is bound to the vector, unless the model has those very values.
 
     Raises:
-        AlignvecError: a delta that the model has no parameter for, two that differ for one parameter, and, when a delta
-            is read, a shape or dtype that does not fit, or a lossless delta without its base's values.
+        AlignvecError: a delta that does not fit the model (no parameter of that name, a buffer, another shape,
+            quantised weights), two that differ for one parameter, and, when a delta is read, a lossless one without
+            its base's values.
     """
-    found = {name: resolve(model, names, name) for name in vector.names}
-    missing = [name for name, live in found.items() if live is None]
-    converted: dict[str, Tensor] = {}
-    if missing:
-        converted = _converted(model, label, vector, missing)
-        found = {name: names[name] for name in converted}
+    known = names if isinstance(names, LiveNames) else LiveNames(model)
+    places = locate(model, known, vector)
+    require_fit(model, known, label, vector, places)
     parameters = dict(model.named_parameters())
 
     def read(name: str, live: str) -> Encoded:
         value = functools.partial(parameter_value, model, live, parameters[live])
-        return _read(vector, name, converted.get(name), value, transfer)
+        return _read(vector, name, value, transfer)
 
     deltas: dict[str, Delta] = {}
-    for name, live in found.items():
-        assert live is not None
-        _check(label, name, converted[name].shape if converted else vector.tensors[name].shape, parameters[live])
+    for name in (name for name in vector.names if name in places.direct):
+        live = places.direct[name]
         if live in deltas and not _same(deltas[live](), read(name, live)):
-            raise AlignvecError(f"vector {label!r} has two different deltas for {live}, which the model ties together")
+            raise AlignvecError(
+                f"vector {label!r} has two different deltas for {live}, which the model ties together: attach it to a "
+                "model that keeps the two apart (tie_word_embeddings=False)"
+            )
         deltas[live] = functools.partial(read, name, live)
+    layout = functools.cache(lambda: checkpoint_layout(model, known, vector.names))
+    for group in places.groups:
+        if not any(name in vector for name in group.names):
+            continue
+        for plain in group.shapes(known_shapes(vector), known.root):
+            deltas[known.plain[plain]] = functools.partial(_converted, group, plain, known.root, vector, layout)
     return deltas
 
 
-def _check(label: str, name: str, shape: tuple[int, ...], parameter: nn.Parameter) -> None:
-    if tuple(shape) != tuple(parameter.shape):
-        raise AlignvecError(
-            f"vector {label!r} has shape {list(shape)} for {name}, the model has {list(parameter.shape)}; "
-            "extract the vector from checkpoints of this architecture and vocabulary"
-        )
-    if not parameter.is_floating_point():
-        raise AlignvecError(
-            f"vector {label!r} edits {name}, which is {parameter.dtype} in the model; only floating-point "
-            "parameters can be edited, load the model unquantised"
-        )
-
-
-def _read(
-    vector: AlignmentVector, name: str, converted: Tensor | None, value: Callable[[], Tensor], transfer: bool
-) -> Encoded:
-    if converted is not None:
-        return Encoded("dense", tuple(converted.shape), {}, {"": converted})
+def _read(vector: AlignmentVector, name: str, value: Callable[[], Tensor], transfer: bool) -> Encoded:
     encoded = vector.encoded(name)
-    if encoded.name == "lossless" and transfer and not _is_base(vector, name, value()):
-        return Encoded("dense", encoded.shape, {}, {"": vector[name]})
-    return encoded
+    if encoded.name != "lossless":
+        return encoded
+    current = value()
+    trusted = not transfer and current.dtype == DTYPES[str(encoded.options["dtype"])]
+    if trusted or _is_base(vector, name, current):
+        return encoded
+    return Encoded("dense", encoded.shape, {}, {"": vector[name]})
 
 
-def _is_base(vector: AlignmentVector, name: str, value: Tensor) -> bool:
-    return vector.base is not None and checksum(value) == vector.base.tensors[name].checksum
+def _is_base(vector: AlignmentVector, name: str, value: Tensor | None) -> bool:
+    return value is not None and vector.base is not None and checksum(value) == vector.base.tensors[name].checksum
+
+
+def _converted(
+    group: Group, live: str, root: nn.Module, vector: AlignmentVector, layout: Callable[[], Mapping[str, Tensor]]
+) -> Encoded:
+    """The delta of a live parameter that a rule of loading makes of several stored ones; those unedited are zero."""
+    shapes = known_shapes(vector)
+    edited = {name: _stored_delta(vector, name, layout) for name in group.names if name in vector}
+    dtype = functools.reduce(torch.promote_types, (delta.dtype for delta in edited.values()))
+    zero = torch.zeros((), dtype=dtype)
+
+    def delta(name: str) -> Tensor:
+        return edited[name].to(dtype) if name in edited else zero.expand(shapes[name])
+
+    with torch.no_grad():
+        values = group.convert(delta, root)[live]
+    return Encoded("dense", tuple(values.shape), {}, {"": values.detach().contiguous()})
+
+
+def _stored_delta(vector: AlignmentVector, name: str, layout: Callable[[], Mapping[str, Tensor]]) -> Tensor:
+    spec = vector.format_of(name)
+    if spec.name == "lossless" and vector.needs_base and _is_base(vector, name, layout().get(name)):
+        return decode(vector.encoded(name), layout()[name].detach().cpu().to(DTYPES[str(spec.options["dtype"])]))
+    return vector[name].detach()
 
 
 def _same(one: Encoded, other: Encoded) -> bool:
     if one.spec == other.spec:
         return all(torch.equal(part, other.parts[key]) for key, part in one.parts.items())
     return "lossless" not in (one.name, other.name) and torch.equal(decode(one).float(), decode(other).float())
-
-
-def _converted(model: nn.Module, label: str, vector: AlignmentVector, missing: list[str]) -> dict[str, Tensor]:
-    listed = summary(missing, separator=", ")
-    refusal = AlignvecError(f"vector {label!r} edits tensors that {type(model).__name__} does not have: {listed}")
-    if vector.base is None or not hasattr(type(model), "from_pretrained"):
-        raise refusal
-    stored = checkpoint_layout(model) if vector.needs_base else {}
-
-    def delta(name: str) -> Tensor:
-        spec = vector.format_of(name)
-        if not vector.needs_base or spec.name != "lossless":
-            return vector[name]
-        return decode(vector.encoded(name), stored[name].detach().cpu().to(DTYPES[str(spec.options["dtype"])]))
-
-    # Tensors that do not differ are zeros, so that a partly edited group of experts converts whole.
-    state = {
-        name: delta(name) if name in vector else torch.zeros(identity.shape, dtype=torch.float32)
-        for name, identity in vector.base.tensors.items()
-    }
-    try:
-        converted = type(model).from_pretrained(  # type: ignore[attr-defined]
-            None, config=model.config, state_dict=state, dtype=torch.float32
-        )
-    except Exception as error:
-        raise refusal from error
-    live = dict(converted.named_parameters())
-    return {name: p.detach() for name, p in live.items() if p.count_nonzero()}

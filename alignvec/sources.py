@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from alignvec.checkpoint import Checkpoint, TensorInfo
 from alignvec.errors import AlignvecError
+from alignvec.wrappers import inner_model, is_adapter, live_names, plain_names
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w.-]+)?")
 HUB_FILES = (
@@ -38,28 +40,52 @@ class Source(Protocol):
 
 
 class StoredSource:
-    """A checkpoint on disk."""
+    """A checkpoint on disk, by the names that its model has, without what wrappers put before them when it was saved.
+
+    One that holds an unmerged PEFT adapter keeps its names.
+    """
 
     def __init__(self, checkpoint: Checkpoint, label: str) -> None:
-        self.checkpoint, self.label = checkpoint, label
-        self.config, self.tensors = checkpoint.config, checkpoint.tensors
-        self.read = checkpoint.read
+        self.checkpoint, self.label, self.config = checkpoint, label, checkpoint.config
+        adapted = any(is_adapter(name) for name in checkpoint.tensors)
+        plain = dict.fromkeys(checkpoint.tensors) if adapted else plain_names(checkpoint.tensors)
+        self._there = {plain[name] or name: name for name in checkpoint.tensors}
+        self.tensors = {plain: checkpoint.tensors[name] for plain, name in self._there.items()}
+
+    def read(self, name: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        return self.checkpoint.read(self._there[name], start, stop, out)
 
     def chunks(self, name: str) -> Iterator[Tensor]:
         return _chunks(self, name)
 
+    def renamed(self, names: Mapping[str, str]) -> StoredSource:
+        """The same tensors, some of them by other names."""
+        twin = copy.copy(self)
+        twin._there = {names.get(name, name): there for name, there in self._there.items()}
+        twin.tensors = {names.get(name, name): info for name, info in self.tensors.items()}
+        return twin
+
 
 class LiveSource:
-    """The parameters of a live model, tied ones once, on any device; buffers are not looked at."""
+    """The parameters of a live model, tied ones once, on any device. What is read may be the parameter's own memory.
 
-    def __init__(self, model: nn.Module) -> None:
-        self.label = type(model).__name__
-        self.config = getattr(model, "config", None)
-        self._parameters = dict(model.named_parameters())
-        self.buffers = {name for name, _ in model.named_buffers()}
-        self.tensors = {name: TensorInfo(p.dtype, tuple(p.shape)) for name, p in self._parameters.items()}
-        for name, parameter in self._parameters.items():
-            if parameter.is_meta:
+    ``plain``: by the names that the model has without its wrappers (torch.compile, DDP). ``buffers`` are those that a
+    checkpoint of it holds, ``computed`` the names of the others.
+    """
+
+    def __init__(self, model: nn.Module, *, plain: bool = False) -> None:
+        _, inner = inner_model(model)
+        self.label = type(inner).__name__
+        self.config = getattr(inner, "config", None)
+        parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+        here = live_names(model, [*parameters, *buffers]) if plain else {name: name for name in [*parameters, *buffers]}
+        self._values: dict[str, Tensor] = {here[n]: t for n, t in [*parameters.items(), *buffers.items()] if n in here}
+        self.tensors = {here[n]: TensorInfo(p.dtype, tuple(p.shape)) for n, p in parameters.items() if n in here}
+        persistent = {n for n in buffers if n in here and _persistent(model, n)}
+        self.buffers = {here[n]: TensorInfo(b.dtype, tuple(b.shape)) for n, b in buffers.items() if n in persistent}
+        self.computed = {here[name] for name in buffers if name in here and name not in persistent}
+        for name in self.tensors:
+            if self._values[name].is_meta:
                 raise AlignvecError(
                     f"{self.label}: parameter {name} is on the meta device: load the model's weights first"
                 )
@@ -68,18 +94,33 @@ class LiveSource:
     def read(self, name: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         cached, flat = self._flat
         if cached != name:  # a parameter that is not contiguous is copied once, not for every piece
-            flat = self._parameters[name].detach().reshape(-1)
+            flat = self._values[name].detach().reshape(-1)
             self._flat = (name, flat)
         return flat[start:stop].cpu()
 
     def chunks(self, name: str) -> Iterator[Tensor]:
         return _chunks(self, name)
 
+    def renamed(self, names: Mapping[str, str]) -> LiveSource:
+        """The same tensors, some of them by other names."""
+        twin = copy.copy(self)
+        twin._values = {names.get(name, name): value for name, value in self._values.items()}
+        twin.tensors = {names.get(name, name): info for name, info in self.tensors.items()}
+        return twin
 
-def open_source(source: str | Path | nn.Module) -> StoredSource | LiveSource:
-    """Open a checkpoint folder, a .safetensors file, a hub id (``owner/name``, ``owner/name@revision``) or a model."""
+
+def _persistent(model: nn.Module, name: str) -> bool:
+    path, _, leaf = name.rpartition(".")
+    return leaf not in model.get_submodule(path)._non_persistent_buffers_set
+
+
+def open_source(source: str | Path | nn.Module, *, plain: bool = False) -> StoredSource | LiveSource:
+    """Open a checkpoint folder, a .safetensors file, a hub id (``owner/name``, ``owner/name@revision``) or a model.
+
+    ``plain``: a model's tensors by the names that it has without its wrappers, as a checkpoint's always are.
+    """
     if isinstance(source, nn.Module):
-        return LiveSource(source)
+        return LiveSource(source, plain=plain)
     path = local_path(source)
     return StoredSource(Checkpoint.open(path), Path(source).name if Path(source).exists() else str(source))
 

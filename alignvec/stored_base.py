@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Sequence
 
 from alignvec.errors import AlignvecError
 from alignvec.fingerprint import BaseIdentity, Checksum, TensorIdentity, dtype_name, identifying, summary
 from alignvec.pairing import HEADS, tied_to
 from alignvec.sources import Source
+from alignvec.unloaded import Unloaded, quantisation
 from alignvec.vector import AlignmentVector
-
-NOT_LOADED = re.compile(r"\.inv_freq$|\.masked_bias$|(^|\.)mtp\.")  # stored by some versions of a model, not by others
-MASK = re.compile(r"\.(attn|attention)\.bias$")  # a mask [1, 1, tokens, tokens], where it has four dimensions
 
 
 def require_base(source: Source, label: str, vector: AlignmentVector, *, values: bool = True) -> None:
@@ -37,9 +34,9 @@ def require_base(source: Source, label: str, vector: AlignmentVector, *, values:
                     digest.update(piece)
                 if not same_values(vector, name, digest.hexdigest()):
                     other.append(name)
-    for name, identity in known.items():
-        if name not in source.tensors and name not in vector and _no_parameter(name, identity):
-            identities[name] = identity
+    if missing := [name for name in known if name not in source.tensors and name not in vector]:
+        unloaded = Unloaded(source.config)
+        identities |= {name: known[name] for name in missing if unloaded(name, known[name].shape)}
     lines = vector.base.differences(BaseIdentity(identifying(source.config), identities), values=False)
     if lines or other:
         raise AlignvecError(_refusal(source, label, vector.base, lines, [name for name in known if name in other]))
@@ -64,7 +61,7 @@ def same_values(vector: AlignmentVector, name: str, checksum: str) -> bool:
     assert vector.base is not None
     identity = vector.base.tensors[name]
     exact = name in vector and vector.format_of(name).name == "lossless"
-    return checksum == identity.checksum or (not exact and checksum == getattr(identity, "float16", None))
+    return checksum == identity.checksum or (not exact and checksum == identity.float16)
 
 
 def knows(vector: AlignmentVector, name: str) -> bool:
@@ -92,7 +89,7 @@ def _require_places(source: Source, label: str, vector: AlignmentVector) -> None
     if not missing:
         return
     listed = summary(missing, separator=", ")
-    if _quantised(source):
+    if quantisation(source.config):
         raise AlignvecError(
             f"{source.label} is quantised, says its config, and lacks {listed}, which vector {label!r} is added to: "
             "give the base as it was before"
@@ -114,17 +111,6 @@ def _refusal(source: Source, label: str, base: BaseIdentity, lines: list[str], n
     return (
         f"{differ}: {len(names)} of {len(base.tensors)} tensors have other values ({summary(names, separator=', ')})"
         f"{rounded}; use that base, or, if this is another training stage of it, transfer=True (--transfer)"
-    )
-
-
-def _no_parameter(name: str, identity: TensorIdentity) -> bool:
-    return bool(NOT_LOADED.search(name)) or (bool(MASK.search(name)) and len(identity.shape) == 4)
-
-
-def _quantised(source: Source) -> bool:
-    config = source.config
-    return bool(
-        config.get("quantization_config") if isinstance(config, dict) else getattr(config, "quantization_config", None)
     )
 
 

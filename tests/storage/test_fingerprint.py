@@ -102,3 +102,20 @@ def test_malformed_json_is_refused(broken: object) -> None:
 def test_identity_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         identify({"a": torch.randn(2)}).config = {}  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64, torch.float16])
+def test_values_rounded_to_float16_are_known_by_their_own_checksum(dtype: torch.dtype) -> None:
+    values = torch.cat([torch.randn(70001) * size for size in (1e-9, 1e-7, 1e-5, 1e-2, 1.0)]).to(dtype)
+    mine = identify({"w": values})
+    narrow = identify({"w": values.to(torch.float16)})
+    assert mine.tensors["w"].float16 == checksum(values.to(torch.float16))
+    assert (mine.tensors["w"].checksum == narrow.tensors["w"].checksum) == (dtype == torch.float16)
+    assert mine.differences(narrow) == narrow.differences(mine) == []
+    other = values.to(torch.float16)
+    other[-1] += 0.01
+    assert mine.differences(identify({"w": other})) == ["w: other values"]
+    early = BaseIdentity.from_json({"config": {}, "tensors": {"w": {"shape": [1], "dtype": "x", "checksum": "y"}}})
+    assert early.tensors["w"].float16 is None
+    assert early.to_json()["tensors"]["w"] == {"shape": [1], "dtype": "x", "checksum": "y"}
+    assert BaseIdentity.from_json(mine.to_json()).tensors["w"].float16 == mine.tensors["w"].float16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+import alignvec
 from alignvec import AlignmentVector, extract, merge
 from alignvec.checkpoint import Checkpoint
 from alignvec.errors import AlignvecError
-from alignvec.fingerprint import identify
-from tests.storage.checkpoints import weights, write_checkpoint
+from alignvec.fingerprint import BaseIdentity, identify
+from tests.storage.checkpoints import aligned, weights, write_checkpoint
 
 HEAD, EMBEDDING, MATRIX = "lm_head.weight", "model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"
 CONFIG = {"model_type": "mistral", "hidden_size": 24}
@@ -47,7 +49,7 @@ def test_the_base_may_hold_more_than_the_vector_knows(tmp_path: Path) -> None:
 
 
 def test_what_no_model_loads_may_be_missing(tmp_path: Path) -> None:
-    base = write_checkpoint(tmp_path / "base", weights())
+    base = write_checkpoint(tmp_path / "base", weights(), architectures=["Qwen3NextForCausalLM"])
     merge(base, {"v": vector(weights() | NEVER_LOADED)}, {"v": 1}, tmp_path / "m")
     assert torch.equal(Checkpoint.open(tmp_path / "m").tensor(MATRIX), (weights()[MATRIX].double() + 0.25).bfloat16())
 
@@ -101,11 +103,23 @@ def test_other_values_and_other_dtypes(pair: tuple[Path, Path], tmp_path: Path) 
         AlignvecError, match=r"7 of 10 tensors have other values .*; use that base, or, if .* \(--transfer\)"
     ):
         merge(pair[1], {"v": made}, {"v": 1}, tmp_path / "m")
-    tiny = {name: tensor * 2**-30 for name, tensor in floating(weights()).items()}  # rounds to zero in float16
-    made = AlignmentVector({MATRIX: torch.ones(24, 24)}, identify(tiny, CONFIG))
+
+
+def test_a_base_stored_as_float16(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """float16 has no room for the smallest values of bfloat16: a second checksum knows it, steps on bits do not do."""
+    tiny = {name: tensor * 2**-20 for name, tensor in floating(weights()).items()}
     half = write_checkpoint(tmp_path / "half", {name: tensor.half() for name, tensor in tiny.items()})
+    known = identify(tiny, CONFIG)
+    made = AlignmentVector({MATRIX: torch.ones(24, 24)}, known)
+    merge(half, {"v": made}, {"v": 0.5}, tmp_path / "m")
+    assert torch.equal(Checkpoint.open(tmp_path / "m").tensor(MATRIX), (tiny[MATRIX].half().double() + 0.5).half())
+    early = BaseIdentity(known.config, {n: dataclasses.replace(t, float16=None) for n, t in known.tensors.items()})
     with pytest.raises(AlignvecError, match=r"9 of 10 tensors .*, bfloat16 then and float16 here"):
-        merge(half, {"v": made}, {"v": 1}, tmp_path / "m")
+        merge(half, {"v": AlignmentVector({MATRIX: torch.ones(24, 24)}, early)}, {"v": 1}, tmp_path / "n")
+    small, after = write_checkpoint(tmp_path / "small", tiny), write_checkpoint(tmp_path / "after", aligned(tiny))
+    steps = extract(small, after, format="lossless", output=tmp_path / "steps").select("*q_proj.weight")
+    with pytest.raises(AlignvecError, match=r"different base than half: 1 of 10 tensors"):
+        merge(half, {"v": alignvec.load(tmp_path / "steps").select(steps.names)}, {"v": 1}, tmp_path / "n")
 
 
 def test_a_damaged_base_is_called_that(tmp_path: Path) -> None:

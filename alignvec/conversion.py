@@ -1,0 +1,117 @@
+"""From the tensors of a checkpoint to the parameters of a live model, by transformers' own rules of loading.
+
+Transformers renames, stacks, splits and permutes tensors while it loads (one tensor for each expert on disk, three
+dimensions in memory). The rules are linear, so they convert differences as they convert weights. Here they are planned
+by names and shapes, on the meta device, and a parameter gets only what they make of the tensors that were given:
+nothing is initialised in the place of one that is missing.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass
+class Group:
+    """Stored tensors that become one or several live ones together."""
+
+    target: str  # the first live name
+    converter: Any = None  # None: the one source is the target, under another name
+    sources: list[tuple[str, str]] = field(default_factory=list)  # the rule's pattern, the stored name; in order
+
+    @property
+    def names(self) -> list[str]:
+        return [name for _, name in self.sources]
+
+    def convert(self, tensors: Callable[[str], Tensor], root: nn.Module) -> dict[str, Tensor]:
+        """The live tensors that the rule makes of the stored ones."""
+        if self.converter is None:
+            return {self.target: tensors(self.names[0])}
+        rule = copy.deepcopy(self.converter)
+        for pattern, name in self.sources:
+            rule.add_tensor(self.target, name, pattern, tensors(name))
+        made = rule.convert(self.target, model=root, config=root.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+    def shapes(self, stored: Shapes, root: nn.Module) -> dict[str, tuple[int, ...]]:
+        """The live tensors' shapes; none where the rule cannot be applied to what there is."""
+        try:
+            made = self.convert(lambda name: torch.empty(stored[name], device="meta"), root)
+        except Exception:  # whatever a rule makes of tensors that it was not written for
+            return {}
+        return {name: tuple(value.shape) for name, value in made.items()}
+
+
+def plan(root: nn.Module, live: Iterable[str], stored: Shapes) -> list[Group]:
+    """How transformers would load tensors of the names `stored` into `root`, whose parameters and buffers are `live`.
+
+    Names that lead nowhere are in no group. The rules are those that the model was loaded with where they place
+    as many names as the ones that transformers has for its class.
+    """
+    if not stored or not hasattr(root, "config"):
+        return []
+    plans = [_grouped(rules, root, dict.fromkeys(live, True), stored) for rules in _rules(root)]
+    return max(plans, key=lambda groups: sum(len(group.sources) for group in groups), default=[])
+
+
+def stored_layout(root: nn.Module, parameters: Mapping[str, Tensor], wanted: Iterable[str]) -> Mapping[str, Tensor]:
+    """The live `parameters`, by their names in `root`, as a checkpoint holds them that has tensors named `wanted`."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    names = set(wanted)
+    best: Mapping[str, Tensor] = {}
+    for rules in _rules(root, add_legacy=False):
+        twin = copy.copy(root)  # shares everything but the attribute that names the rules
+        twin._weight_conversions = copy.deepcopy(rules)  # type: ignore[assignment]
+        try:
+            with torch.no_grad():
+                found = revert_weight_conversion(twin, dict(parameters))  # type: ignore[arg-type]
+        except Exception:  # a rule that has no way back
+            continue
+        if len(names & found.keys()) > len(names & best.keys()):
+            best = found
+    return best
+
+
+def _rules(root: nn.Module, *, add_legacy: bool = True) -> list[list[Any]]:
+    """The rules that the model was loaded with, if it was, and those of its class."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        known = [get_model_conversion_mapping(root, add_legacy=add_legacy)]  # type: ignore[arg-type]
+    except (ImportError, AttributeError):
+        return []
+    recorded = getattr(root, "_weight_conversions", None)
+    return ([recorded] if recorded else []) + known
+
+
+def _grouped(rules: list[Any], root: nn.Module, live: dict[str, bool], stored: Shapes) -> list[Group]:
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    rules = copy.deepcopy(rules)  # some remember what they have seen
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+    prefix = getattr(root, "base_model_prefix", "")
+    groups: dict[str, Group] = {}
+    for name in sorted(stored, key=dot_natural_key):  # experts in the order of their numbers
+        target, pattern = rename_source_key(name, renamings, converters, prefix, live)
+        if target not in live and name in live:
+            target, pattern = name, None
+        if target not in live:
+            continue
+        if pattern is None:
+            # A second name for one parameter, as of a tied head, is a group of its own.
+            groups[f"{target} {name}"] = Group(target, None, [(name, name)])
+        else:
+            group = groups.setdefault(target, Group(target, by_pattern[pattern]))
+            group.sources.append((pattern, name))
+    return list(groups.values())
