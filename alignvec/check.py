@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from alignvec.errors import AlignvecError
 from alignvec.extract import parse_dtype
-from alignvec.merge import bind, require_base
 from alignvec.rounding import RealisedCoefficients, mix_
 from alignvec.sources import Source, open_source
+from alignvec.stored_base import bind, require_base
 from alignvec.vector import AlignmentVector
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def check(
 
     Of every tensor that the vector edits a block is taken: 64 inputs of up to 2**18 weights' worth of output rows. The
     operator itself is applied to unit inputs there, one batch row a coefficient, and its output minus the base's
-    projected on the delta. Raises AlignvecError for another base (``transfer`` allows other values).
+    projected on the delta. Raises AlignvecError for a different base (``transfer`` allows other values).
     """
     held = parse_dtype(dtype)
     if not all(math.isfinite(coefficient) for coefficient in coefficients):

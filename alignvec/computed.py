@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+import copy
+from collections.abc import Iterable
+from typing import Self, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,6 +21,13 @@ class _Computed:
     def __init__(self, tensors: dict[str, TensorInfo]) -> None:
         self.tensors = tensors
         self.headers = {name: dense_header(info.shape) for name, info in tensors.items()}
+
+    def select(self, names: Iterable[str]) -> Self:
+        """The same deltas without those of other names; no value is read."""
+        twin = copy.copy(self)
+        twin.headers = {name: self.headers[name] for name in names}
+        twin.tensors = {name: self.tensors[name] for name in twin.headers}
+        return twin
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         raise NotImplementedError
@@ -41,6 +50,14 @@ class Combination(_Computed):
             for name, info in deltas.tensors.items():
                 shapes.setdefault(name, info.shape)
         super().__init__({name: TensorInfo(self._dtype(name), shape) for name, shape in shapes.items()})
+
+    def select(self, names: Iterable[str]) -> Self:
+        twin = super().select(names)
+        terms = (
+            (factor, deltas, [name for name in twin.tensors if name in deltas.tensors]) for factor, deltas in self.terms
+        )
+        twin.terms = [(factor, deltas.select(own)) for factor, deltas, own in terms if own]
+        return twin
 
     def with_base(self, base: BaseValues) -> Combination:
         return Combination([(factor, deltas.with_base(base)) for factor, deltas in self.terms])

@@ -10,6 +10,7 @@ from torch import nn
 from alignvec.encoding import asked_for, write_encoded
 from alignvec.errors import AlignvecError
 from alignvec.extract import parse_dtype
+from alignvec.selection import Patterns, as_patterns
 from alignvec.vector import AlignmentVector
 from alignvec.writer import output_folder
 
@@ -22,6 +23,8 @@ def convert(
     format: str | None = None,
     *,
     base: str | Path | nn.Module | None = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
     dtype: str | torch.dtype | None = None,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
@@ -31,6 +34,7 @@ def convert(
 
     ``format``: as in ``extract``, or ``"peft"``, an adapter that PEFT loads (of low-rank deltas); default: as it is.
     Tensors that have the format already are copied, others are decoded and encoded, one in memory at a time.
+    ``include``, ``exclude``: patterns of tensors to keep or leave out, as in ``vector.select``.
     ``base``: the base's values, which lossless is read and written with. ``dtype``: of values stored as they are (dense
     and sparse deltas, norms and biases); default: that of the delta as it is read.
 
@@ -38,6 +42,8 @@ def convert(
     those; ``extract`` from the two checkpoints is what makes it exact. Raises AlignvecError, leaving nothing behind.
     """
     given = _open(vector, base)
+    if as_patterns(include) or as_patterns(exclude):
+        given = given.select(include, exclude)
     if format == "peft":
         from alignvec.peft import to_peft
 

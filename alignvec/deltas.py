@@ -6,8 +6,10 @@ values), `encoded`, and `layout` (the stored parts). `base` is where lossless de
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -56,6 +58,19 @@ class _Leaf:
     def _describe(self, headers: dict[str, Encoded], dtypes: Mapping[str, torch.dtype]) -> None:
         self.headers = headers
         self.tensors = {name: TensorInfo(dtypes[name], header.shape) for name, header in headers.items()}
+
+    def with_base(self, base: BaseValues) -> Self:
+        """The same deltas, lossless ones read as steps from ``base``."""
+        twin = copy.copy(self)
+        twin.base = base
+        return twin
+
+    def select(self, names: Iterable[str]) -> Self:
+        """The same deltas without those of other names; no value is read."""
+        twin = copy.copy(self)
+        twin.headers = {name: self.headers[name] for name in names}
+        twin.tensors = {name: self.tensors[name] for name in twin.headers}
+        return twin
 
     def _rows(self, name: str, first: int, last: int) -> tuple[Encoded, slice | None]:
         """Parts that some matrix rows can be decoded from, and which rows of them those are (None: all)."""
@@ -126,9 +141,10 @@ class InMemory(_Leaf):
         dtypes = {name: self.dense[name].dtype if name in self.dense else torch.float32 for name in headers}
         self._describe(headers, dtypes)
 
-    def with_base(self, base: BaseValues) -> InMemory:
-        twin = InMemory({})
-        twin.__dict__.update(self.__dict__, base=base)
+    def select(self, names: Iterable[str]) -> Self:
+        twin = super().select(names)
+        twin.dense = {name: value for name, value in self.dense.items() if name in twin.headers}
+        twin.others = {name: value for name, value in self.others.items() if name in twin.headers}
         return twin
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
@@ -196,9 +212,6 @@ class Stored(_Leaf):
                 )
             found[part] = info
         return found
-
-    def with_base(self, base: BaseValues) -> Stored:
-        return Stored(self.checkpoint, self.headers, base)
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         if self.headers[name].name != "dense":

@@ -23,7 +23,9 @@ from alignvec.errors import AlignvecError
 from alignvec.fingerprint import BaseIdentity, Checksum, TensorIdentity, dtype_name, identifying, narrowed
 from alignvec.pairing import Plan, alike, match, require_equal
 from alignvec.progress import bytes_bar
+from alignvec.selection import Patterns, as_patterns, selected
 from alignvec.sources import SLOTS, Source, StoredSource, in_order, open_source
+from alignvec.tokenizer_files import tokenizer_record
 from alignvec.vector import AlignmentVector
 from alignvec.writer import ShardWriter, output_folder
 
@@ -37,6 +39,8 @@ def extract(
     *,
     format: str = "dense",
     dtype: str | torch.dtype | None = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
     output: str | Path | None = None,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
@@ -55,6 +59,10 @@ def extract(
     ``vector.errors`` says what each tensor lost. ``"lossless"`` takes 16-bit checkpoints and gives the aligned one back
     bit for bit.
 
+    ``include`` and ``exclude`` keep, or leave out, tensors whose names match a pattern, as in ``vector.select``; the
+    base's identity stays whole, and a tensor left out may differ in any way. ``vector.source`` also keeps what the
+    aligned model's tokenizer is known by, which ``merge`` compares with its base's.
+
     Names are the base's, without what a wrapper (torch.compile, DDP, FSDP) puts before them. Tensors that one side
     alone has are passed over where the model does not load them (a rotary table, a multi-token prediction head). A
     live model's buffers count where they differ from the other side's.
@@ -67,7 +75,11 @@ def extract(
     left = open_source(base, plain=True)
     right = alike(left, open_source(aligned, plain=True))
     plan = match(left, right, None if dtype is None else parse_dtype(dtype))
-    source: dict[str, Any] = {"base": left.label, "aligned": right.label}
+    source: dict[str, Any] = {"base": left.label, "aligned": right.label} | tokenizer_record(right)
+    if as_patterns(include) or as_patterns(exclude):
+        names = [*plan.stored, *plan.integers]
+        plan = dataclasses.replace(plan, left_out=frozenset(names) - frozenset(selected(names, include, exclude)))
+        source["selected"] = [{"include": as_patterns(include), "exclude": as_patterns(exclude)}]
     if output is None:
         if format != "dense":
             vector = _survey(left, right, plan, format, source, progress)
@@ -134,7 +146,7 @@ def _stream(
             info = left.tensors[name]
             pieces = (next(results) for _ in range(0, info.numel, CHUNK))
             if name in plan.integers:
-                if sum(1 for piece in _shown(pieces, advance) if piece.difference is not None):
+                if sum(1 for p in _shown(pieces, advance) if p.difference is not None) and name not in plan.left_out:
                     differing.append(name)
                 continue
             checksum, narrow, own = Checksum(), Checksum(), Tally()
@@ -143,6 +155,8 @@ def _stream(
             for piece in _shown(pieces, advance):
                 checksum.update(piece.base)
                 narrow.update(piece.base if piece.narrowed is None else piece.narrowed)
+                if name in plan.left_out:
+                    continue
                 numel = piece.base.numel()
                 if piece.difference is None and not found:
                     zeros += numel
@@ -166,7 +180,8 @@ def _stream(
             )
     require_equal(left, right, differing)
     if not kept:
-        raise AlignvecError(f"{left.label} and {right.label} hold the same values: there is nothing to extract")
+        where = " in the tensors that include and exclude leave" if plan.left_out else ""
+        raise AlignvecError(f"{left.label} and {right.label} hold the same values{where}: there is nothing to extract")
     for name in plan.alone:
         identities[name] = TensorIdentity.of(
             left.read(name, 0, left.tensors[name].numel).view(left.tensors[name].shape)

@@ -7,24 +7,27 @@ import dataclasses
 import hashlib
 import math
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from alignvec.checkpoint import TensorInfo, read_json
 from alignvec.deltas import require_finite
 from alignvec.encoding import restored
 from alignvec.errors import AlignvecError
 from alignvec.extract import CHUNK, parse_dtype
-from alignvec.fingerprint import BaseIdentity, Checksum, TensorIdentity, dtype_name, identifying, summary
+from alignvec.fingerprint import Checksum, dtype_name
 from alignvec.pairing import HEADS, tied_to
 from alignvec.progress import bytes_bar
 from alignvec.rounding import ROUNDINGS, RealisedCoefficients, mix_
-from alignvec.sources import Source, StoredSource, in_order, local_path, open_source
+from alignvec.sources import StoredSource, in_order, open_source
+from alignvec.stored_base import bind, knows, require_base, same_values
+from alignvec.tokenizer_files import TEMPLATES, TokenizerWarning, copy_tokenizer, notes_on, replacement_for
 from alignvec.vector import AlignmentVector
 from alignvec.writer import ShardWriter, output_folder, write_json
 
@@ -37,7 +40,7 @@ WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf
 class MergeReport:
     """What a merge wrote. ``realised``: least squares of the rounded edit on the vectors, against ``requested``.
 
-    ``values``: floating values of the model; ``changed``: those that the merge moved.
+    ``values``: floating values of the model; ``changed``: those that the merge moved. ``notes``: what it warned of.
     """
 
     output: Path
@@ -46,6 +49,7 @@ class MergeReport:
     values: int
     changed: int
     rounding: str
+    notes: tuple[str, ...] = ()
 
 
 def merge(
@@ -58,6 +62,7 @@ def merge(
     seed: int = 0,
     dtype: str | torch.dtype | None = None,
     max_shard_size: int | str | None = None,
+    tokenizer: str | Path | None = None,
     progress: bool = False,
     transfer: bool = False,
     overwrite: bool = False,
@@ -67,38 +72,56 @@ def merge(
     Sums are float32 (float64 for float64 weights) and rounded once to the base's dtype, or to ``dtype``: ``"nearest"``
     or ``"stochastic"`` (16-bit dtypes; unbiased, so that the realised coefficients are right; ``seed`` fixes it).
     The base's shards are kept unless ``max_shard_size`` is given; config, tokenizer and other small files are copied.
+    ``tokenizer``: a folder, or a hub id, whose tokenizer and chat template are written instead of the base's. Without
+    it, a TokenizerWarning says which vectors come from a model that has another tokenizer than the base, where their
+    extraction recorded it. Tensors that a vector leaves out (``vector.select``) keep the base's values.
     ``transfer=True`` allows a base with other values (another fine-tuning stage of the same architecture); a lossless
     vector then needs its own base bound (``vector.with_base``).
     A lossless vector alone at coefficient exactly 1 gives the aligned checkpoint, bit for bit.
 
-    Raises AlignvecError, leaving nothing behind, for vectors of another base, unknown or missing coefficients, ones
-    that are not finite, a result that overflows, and an output that exists.
+    The base may hold tensors that the vector's own base lacks, and lack some that no model loads (masks, rotary
+    frequencies, layers of multi-token prediction), as checkpoints of one model do: they are left as they are.
+
+    Raises AlignvecError, leaving nothing behind, for vectors of a different base, a quantised base, unknown or missing
+    coefficients, ones that are not finite, a result that overflows, a tokenizer whose tokens the embedding has no rows
+    for, and an output that exists.
     """
     target = None if dtype is None else parse_dtype(dtype)
     if rounding not in ROUNDINGS:
         raise AlignvecError(f"rounding {rounding!r} is not known: choose one of {', '.join(ROUNDINGS)}")
     check_coefficients(vectors, coefficients)
     opened = {name: v if isinstance(v, AlignmentVector) else AlignmentVector.load(v) for name, v in vectors.items()}
-    source = open_source(local_path(base))
+    if isinstance(base, nn.Module):
+        raise AlignvecError(
+            "merge reads a stored base: give its folder; alignment.materialise() merges in a live model"
+        )
+    source = open_source(base)
     assert isinstance(source, StoredSource)
     requested = {name: float(coefficients[name]) for name in opened}
     for label, vector in opened.items():
         require_base(source, label, vector, values=False)
         opened[label] = bind(source, label, vector, transfer=transfer)
     plan = _Plan(source, opened, target)
-    folder = source.checkpoint.path
-    with output_folder(output, overwrite=overwrite, inputs=[folder]) as partial_output:
+    path = source.checkpoint.path
+    folder = path if path.is_dir() else path.parent
+    replacement = None if tokenizer is None else replacement_for(source, tokenizer)
+    notes = () if replacement else notes_on(source.label, folder, opened, requested)
+    with output_folder(output, overwrite=overwrite, inputs=[path]) as partial_output:
         with ShardWriter(partial_output, "model", plan.stored, max_shard_size) as writer:
             run = _Run(plan, list(requested.values()), rounding, seed, transfer)
-            run.stream(writer, keep_shards=max_shard_size is None and folder.is_dir(), progress=progress)
+            run.stream(writer, keep_shards=max_shard_size is None and path.is_dir(), progress=progress)
             writer.close()
         realised = dict(zip(opened, run.realised.solve(list(requested.values())), strict=True))
         values = sum(info.numel for info in plan.stored.values() if info.dtype.is_floating_point)
-        report = MergeReport(Path(output), requested, realised, values, run.changed, rounding)
-        _copy_others(folder if folder.is_dir() else folder.parent, partial_output, target)
+        report = MergeReport(Path(output), requested, realised, values, run.changed, rounding, notes)
+        _copy_others(folder, partial_output, target)
+        if replacement is not None:
+            copy_tokenizer(replacement, partial_output)
         record = {**dataclasses.asdict(report), "base": source.label}
         del record["output"]
         write_json(partial_output / "merge_report.json", record)
+    for note in notes:
+        warnings.warn(note, TokenizerWarning, stacklevel=2)
     return report
 
 
@@ -114,51 +137,6 @@ def check_coefficients(vectors: Mapping[str, object], coefficients: Mapping[str,
             raise AlignvecError(f"vector {name!r} has no coefficient: give one, 0 to leave it out")
         if not math.isfinite(coefficients[name]):
             raise AlignvecError(f"the coefficient of {name!r} is {coefficients[name]}: it must be a finite number")
-
-
-def require_base(source: Source, label: str, vector: AlignmentVector, *, values: bool = True) -> None:
-    """AlignvecError that names the tensors in which ``source`` is not the base of ``vector``.
-
-    ``values=False`` reads nothing and compares names and shapes; a vector that names no base is held to those alone.
-    """
-    heads = {head for head in HEADS if head in source.tensors and not _knows(vector, head) and tied_to(source, head)}
-    for name, info in vector.tensors.items():
-        if name not in source.tensors or source.tensors[name].shape != info.shape:
-            there = f"shape {list(source.tensors[name].shape)}" if name in source.tensors else "no such tensor"
-            raise AlignvecError(
-                f"vector {label!r} does not fit {source.label}: {name} is {list(info.shape)}, the base has {there}"
-            )
-    if vector.base is None:
-        return
-    identities = {}
-    for name, info in source.tensors.items():
-        if info.dtype.is_floating_point and name not in heads:
-            digest = Checksum()
-            for piece in source.chunks(name) if values else ():
-                digest.update(piece)
-            identities[name] = TensorIdentity(info.shape, dtype_name(info.dtype), digest.hexdigest())
-    lines = vector.base.differences(BaseIdentity(identifying(source.config), identities), values=values)
-    if lines:
-        raise AlignvecError(
-            f"vector {label!r} was extracted from another base than {source.label} ({summary(lines)}): use that base"
-            + (", or transfer=True" if values else "")
-        )
-
-
-def bind(source: Source, label: str, vector: AlignmentVector, *, transfer: bool) -> AlignmentVector:
-    """The vector, readable: where it needs its base, which the caller has yet to compare, ``source`` is that."""
-    if not vector.needs_base:
-        return vector
-    if transfer:
-        raise AlignvecError(
-            f"vector {label!r} is lossless: steps from the values of its own base, not of {source.label}; "
-            "give it with its base, vector.with_base(base), or convert it to another format"
-        )
-    return vector.with_base(source, verify=False)
-
-
-def _knows(vector: AlignmentVector, name: str) -> bool:
-    return name in vector or (vector.base is not None and name in vector.base.tensors)
 
 
 class _Plan:
@@ -177,7 +155,7 @@ class _Plan:
         its embedding in a vector that knows no head."""
         found = {}
         for number, vector in enumerate(self.vectors.values()):
-            known = self.tied[name] if name in self.tied and not _knows(vector, name) else name
+            known = self.tied[name] if name in self.tied and not knows(vector, name) else name
             if known in vector:
                 found[number] = (vector, known)
         return found
@@ -255,7 +233,7 @@ class _Run:
                 torch.empty(base.shape, dtype=dtype), base, list(used.values()), coefficients, self.rounding, generator
             )
         if used:
-            require_finite(name, out)
+            _require_finite(name, base, out)
         if name not in self.plan.tied:
             realised.update(base, out, deltas)
         return _Piece(base, out, realised, 0 if out is base else _changed(base, out))
@@ -264,7 +242,7 @@ class _Run:
         for label in self.checked:
             vector = self.plan.vectors[label]
             assert vector.base is not None
-            if name in vector.base.tensors and vector.base.tensors[name].checksum != checksum.hexdigest():
+            if name in vector.base.tensors and not same_values(vector, name, checksum.hexdigest()):
                 require_base(self.plan.source, label, vector)  # names all that differ
 
 
@@ -272,6 +250,18 @@ def _changed(base: Tensor, merged: Tensor) -> int:
     words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[merged.dtype.itemsize]  # comparing bits is the fastest
     difference = base.view(words) ^ merged.view(words) if base.dtype == merged.dtype else base != merged
     return int(difference.count_nonzero())
+
+
+def _require_finite(name: str, base: Tensor, merged: Tensor) -> None:
+    try:
+        require_finite(name, merged)
+    except AlignvecError:
+        if base.isfinite().all():
+            raise AlignvecError(
+                f"the mix of {name} is too large for {dtype_name(merged.dtype)}: choose smaller coefficients, or a "
+                "wider dtype"
+            ) from None
+        raise AlignvecError(f"the base's tensor {name} holds NaN or infinity: is its checkpoint damaged?") from None
 
 
 def _generator(seed: int, number: int) -> torch.Generator:
@@ -293,6 +283,8 @@ def _copy_others(source: Path, target: Path, dtype: torch.dtype | None) -> None:
     for file in sorted(source.iterdir()):
         if file.is_file() and not file.name.endswith(WEIGHTS) and not file.name.startswith("."):
             shutil.copyfile(file, target / file.name)
+    if (source / TEMPLATES).is_dir():
+        shutil.copytree(source / TEMPLATES, target / TEMPLATES)
     config = target / "config.json"
     if dtype is not None and config.is_file():
         data = read_json(config)

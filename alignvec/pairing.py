@@ -27,6 +27,7 @@ class Plan:
     integers: list[str]  # tensors that have to be equal
     bits: bool = False  # a zero that changed its sign counts as a difference
     alone: list[str] = field(default_factory=list)  # floating tensors of the base that its model does not load
+    left_out: frozenset[str] = frozenset()  # tensors of which no delta is wanted
 
 
 def alike(left: Source, right: Source) -> Source:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -18,7 +18,10 @@ from alignvec.errors import AlignvecError
 from alignvec.wrappers import inner_model, is_adapter, live_names, plain_names
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w.-]+)?")
-HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
+HUB_FILES = (
+    *("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"),
+    *("*.tiktoken", "*.spm", "*.tokenizer"),
+)
 WORKERS = min(4, os.cpu_count() or 1)
 SLOTS = 2 * WORKERS + 1  # jobs running, done or in use at a time
 T = TypeVar("T")
@@ -122,8 +125,11 @@ def open_source(source: str | Path | nn.Module, *, plain: bool = False) -> Store
     return StoredSource(Checkpoint.open(path), Path(source).name if Path(source).exists() else str(source))
 
 
-def local_path(source: str | Path) -> Path:
-    """The folder or file of a checkpoint; a hub id that is no local path is downloaded to the hub's cache first."""
+def local_path(source: str | Path, files: Sequence[str] = HUB_FILES) -> Path:
+    """The folder or file of a checkpoint; a hub id that is no local path is downloaded to the hub's cache first.
+
+    ``files``: patterns of what is downloaded. Raises AlignvecError for what the hub cannot give.
+    """
     path = Path(source)
     if path.exists() or not isinstance(source, str) or not HUB_ID.fullmatch(source):
         return path
@@ -131,7 +137,7 @@ def local_path(source: str | Path) -> Path:
 
     name, _, revision = source.partition("@")
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(files)))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise AlignvecError(

@@ -18,11 +18,15 @@ from alignvec.description import STEM, Error, describe, known_format, read_descr
 from alignvec.errors import AlignvecError
 from alignvec.fingerprint import BaseIdentity, checksum, summary
 from alignvec.formats import Encoded, Spec
+from alignvec.selection import Patterns, as_patterns, selected
 from alignvec.sources import LiveSource, Source, StoredSource, open_source
 from alignvec.writer import ShardWriter, output_folder
 
 if TYPE_CHECKING:
     from alignvec.statistics import LayerStatistics
+
+
+OF_THE_WHOLE = ("inexact_values", "rounding_error")  # entries of ``source`` that no longer hold for a part
 
 
 class AlignmentVector:
@@ -137,6 +141,23 @@ class AlignmentVector:
         return AlignmentVector(
             self._deltas.with_base(values), self.base, format=self.format, source=self.source, errors=self.errors
         )
+
+    def select(self, include: Patterns = None, exclude: Patterns = None) -> AlignmentVector:
+        """The same vector without some of its tensors: the others keep their format, and no value is read.
+
+        ``include``: a pattern of names, or several, of which a tensor has to match one (default: all stay).
+        ``exclude``: patterns of which it must match none. Patterns are those of ``fnmatch``: ``"*.mlp.*"``,
+        ``["lm_head.*", "*norm*"]``; ``*`` matches dots, too. The base's identity stays whole, so that the result is
+        attached to and merged into the same base; tensors left out keep the base's values there.
+
+        Raises AlignvecError for a pattern that matches no tensor, and when no tensor is left.
+        """
+        kept = selected(self.names, include, exclude)
+        source = {key: value for key, value in self.source.items() if key not in OF_THE_WHOLE}
+        chosen = {"include": as_patterns(include), "exclude": as_patterns(exclude)}
+        source["selected"] = [*self.source.get("selected", ()), chosen]
+        errors = {name: error for name, error in self.errors.items() if name in kept}
+        return AlignmentVector(self._deltas.select(kept), self.base, format=self.format, source=source, errors=errors)
 
     def __len__(self) -> int:
         return len(self._deltas.tensors)
@@ -261,7 +282,7 @@ class AlignmentVector:
         folder = Path(path)
         file = folder / f"{STEM}.json"
         if not file.is_file():
-            raise AlignvecError(f"{folder} is no alignment vector: it holds no {file.name}")
+            raise AlignvecError(f"{folder} is no alignment vector: it holds no {file.name}{_instead(folder)}")
         checkpoint, description = Checkpoint.open(folder, stem=STEM), read_description(file)
         try:
             deltas = Stored(checkpoint, description.headers)
@@ -294,6 +315,15 @@ class AlignmentVector:
             raise AlignvecError(f"vectors of different bases cannot be added ({summary(lines)})")
         base = self.base if other.base is not None else None
         return AlignmentVector(Combination([(1.0, self._deltas), (factor, other._deltas)]), base)
+
+
+def _instead(folder: Path) -> str:
+    """What a folder that is no vector seems to be, and what makes a vector of that."""
+    if (folder / "adapter_config.json").is_file():
+        return "; it is a PEFT adapter: alignvec.from_peft, or alignvec convert, makes a vector of it"
+    if (folder / "config.json").is_file():
+        return "; it is a model: alignvec.extract(base, model) makes a vector of it"
+    return "" if folder.exists() else "; there is no such folder"
 
 
 def _unbound(deltas: Deltas) -> list[str]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from alignvec import __version__
 from alignvec.cli.demo import demo
 from alignvec.cli.distil import distil
 from alignvec.cli.env import env
@@ -22,13 +24,30 @@ from alignvec.cli.tune import tune
 if TYPE_CHECKING:
     from alignvec.vector import AlignmentVector
 
+HELP = "Alignment vectors: extract them, look at them, dial them, merge them."
 app = typer.Typer(
     name="alignvec",
-    help="Alignment vectors: extract them, look at them, dial them, merge them.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"alignvec {__version__}")
+        raise typer.Exit()
+
+
+@app.callback(help=HELP)
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """What `alignvec` takes before a verb."""
+
+
 app.command()(inspect)
 app.command()(generate)
 app.command()(demo)
@@ -43,6 +62,14 @@ app.add_typer(surgery, name="surgery")
 VectorOption = Annotated[list[str], typer.Option("--vector", "-v", help="NAME=FOLDER of a vector; repeatable.")]
 TransferOption = Annotated[bool, typer.Option("--transfer", help="The vectors come from another base, on purpose.")]
 FORMAT = "dense, lossless, int8, int4:group=64, sign, low-rank:rank=16, sparse:density=0.1, auto:0.25, ..."
+IncludeOption = Annotated[
+    list[str] | None,
+    typer.Option("--include", metavar="PATTERN", help="Keep only tensors of names such as '*.mlp.*'; repeatable."),
+]
+ExcludeOption = Annotated[
+    list[str] | None,
+    typer.Option("--exclude", metavar="PATTERN", help="Leave out tensors of names such as 'lm_head.*'; repeatable."),
+]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
 
 
@@ -52,6 +79,8 @@ def extract(
     aligned: Annotated[str, typer.Argument(help="The model after it.")],
     output: Annotated[Path, typer.Argument(help="Folder to write the vector to.")],
     format: Annotated[str, typer.Option(help=FORMAT)] = "dense",
+    include: IncludeOption = None,
+    exclude: ExcludeOption = None,
     dtype: Annotated[str | None, typer.Option(help="Of the stored deltas; default: as found.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file.")] = "5GB",
     overwrite: OverwriteOption = False,
@@ -66,6 +95,8 @@ def extract(
         base,
         aligned,
         format=format,
+        include=include,
+        exclude=exclude,
         dtype=dtype,
         output=output,
         max_shard_size=max_shard_size,
@@ -86,6 +117,8 @@ def convert(
     output: Annotated[Path, typer.Argument(help="Folder to write to.")],
     format: Annotated[str | None, typer.Option(help=FORMAT + " Or peft: an adapter. Default: as it is.")] = None,
     base: Annotated[str | None, typer.Option(help="The base, for lossless vectors and some adapters.")] = None,
+    include: IncludeOption = None,
+    exclude: ExcludeOption = None,
     dtype: Annotated[str | None, typer.Option(help="Of values stored as they are; default: as found.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file.")] = "5GB",
     overwrite: OverwriteOption = False,
@@ -101,6 +134,8 @@ def convert(
         output,
         format,
         base=base,
+        include=include,
+        exclude=exclude,
         dtype=dtype,
         max_shard_size=max_shard_size,
         overwrite=overwrite,
@@ -147,6 +182,11 @@ def merge(
     output: Annotated[Path, typer.Argument(help="Folder to write the merged model to.")],
     vector: VectorOption,
     mixture: Annotated[list[str], typer.Option("--mix", "-m", help="NAME=NUMBER of every vector, commas allowed.")],
+    include: IncludeOption = None,
+    exclude: ExcludeOption = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder or hub id of the tokenizer to write; default: the base's.")
+    ] = None,
     rounding: Annotated[str, typer.Option(help="nearest, or stochastic: unbiased in 16 bits.")] = "nearest",
     seed: Annotated[int, typer.Option(help="Of stochastic rounding.")] = 0,
     dtype: Annotated[str | None, typer.Option(help="Store in another dtype than the base's.")] = None,
@@ -158,25 +198,39 @@ def merge(
 
     Example: alignvec merge base/ merged/ -v medical-av -v legal-av -m medical-av=0.7,legal-av=-0.3
     """
-    import alignvec
+    import warnings
 
-    report = alignvec.merge(
-        base,
-        vectors(vector),
-        mix("--mix", mixture),
-        output,
-        rounding=rounding,
-        seed=seed,
-        dtype=dtype,
-        max_shard_size=max_shard_size,
-        progress=True,
-        transfer=transfer,
-        overwrite=overwrite,
-    )
+    import alignvec
+    from alignvec.tokenizer_files import TokenizerWarning
+
+    given: Mapping[str, AlignmentVector | Path] = vectors(vector)
+    if include or exclude:
+        from alignvec.selection import selected_in_each
+
+        opened = {name: alignvec.load(folder) for name, folder in vectors(vector).items()}
+        given = selected_in_each(opened, include, exclude)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TokenizerWarning)  # it is shown below, in a line of its own
+        report = alignvec.merge(
+            base,
+            given,
+            mix("--mix", mixture),
+            output,
+            rounding=rounding,
+            seed=seed,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            tokenizer=tokenizer,
+            progress=True,
+            transfer=transfer,
+            overwrite=overwrite,
+        )
     rows = table(f"{output}", "vector", "requested", "realised")
     for name, requested in report.requested.items():
         rows.add_row(name, f"{requested:g}", f"{report.realised[name]:.4f}")
     console.print(rows)
+    for note in report.notes:
+        console.print(note, soft_wrap=True)
 
 
 def _summary(vector: AlignmentVector) -> str:

@@ -6,9 +6,9 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.progress import Progress, TaskID
+from rich.text import Text
 
 from alignvec.cli.options import console, table
 
@@ -26,6 +26,7 @@ def demo(
 
     Example: alignvec demo --queries 100
     """
+    import torch
     import transformers
 
     import alignvec
@@ -130,7 +131,7 @@ def _answers(alignment: Any, tokenizer: Any, query: str, domain: str) -> None:
 
     mixes = [{domain: c} for c in (-1.0, 0.0, 1.0)]
     alignment.set_rows(mixes)
-    console.print(f"[bold]{query}[/bold]", soft_wrap=True)
+    console.print(Text(query, "bold"), soft_wrap=True)
     for mix, text in zip(mixes, answers(alignment.model, tokenizer, [query] * 3), strict=True):
         console.print(f"  {domain} {mix[domain]:+.0f}  {text}", soft_wrap=True)
 
@@ -144,4 +145,4 @@ def _mixed_batch(alignment: Any, tokenizer: Any, queries: dict[str, str]) -> Non
     batch = [queries[domain] for domain in queries for _ in range(2)]
     for query, mix, text in zip(batch, mixes, answers(alignment.model, tokenizer, batch), strict=True):
         name = ", ".join(f"{domain} {c:+.0f}" for domain, c in mix.items())
-        console.print(f"[bold]{name}[/bold]  {query}\n    {text}", soft_wrap=True)
+        console.print(Text.assemble((name, "bold"), f"  {query}\n    {text}"), soft_wrap=True)

@@ -8,13 +8,14 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from alignvec.cli.options import console, size
-from alignvec.errors import AlignvecError
+from alignvec.cli.options import DeviceOption, console, model_folder, size
 
 
 def distil(
-    base: Annotated[Path, typer.Argument(help="The base model: a transformers folder with its tokenizer.")],
-    aligned: Annotated[Path, typer.Argument(help="What to match: a dense or lossless vector, or the aligned model.")],
+    base: Annotated[str, typer.Argument(help="The base model: a transformers folder with its tokenizer, or a hub id.")],
+    aligned: Annotated[
+        str, typer.Argument(help="What to match: a dense or lossless vector, or the aligned model (a hub id, too).")
+    ],
     vector: Annotated[Path, typer.Argument(help="The low-bit vector: sign, int4 or int8.")],
     calibration: Annotated[Path, typer.Argument(help='JSON lines with "text", or questions.')],
     output: Annotated[Path, typer.Argument(help="Folder to write the vector with its new scales to.")],
@@ -23,7 +24,7 @@ def distil(
     learning_rate: Annotated[float, typer.Option(help="Of factors that the scales are multiplied by.")] = 5e-2,
     max_length: Annotated[int, typer.Option(help="Tokens of a text that are read.")] = 128,
     dtype: Annotated[str, typer.Option(help="To compute in: float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: a GPU if there is one.")] = None,
+    device: DeviceOption = None,
     seed: Annotated[int, typer.Option(help="Of the order of the texts.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")] = False,
 ) -> None:
@@ -33,13 +34,13 @@ def distil(
     """
     from transformers import AutoTokenizer
 
+    from alignvec.sources import local_path
     from alignvec.train import distil as train_scales
     from alignvec.writer import output_folder
 
-    if not base.is_dir():
-        raise AlignvecError(f"{base} is no folder with a model")
+    model, target = model_folder(base), local_path(aligned)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with output_folder(output, overwrite=overwrite, inputs=[base, aligned, vector]) as folder:
+    with output_folder(output, overwrite=overwrite, inputs=[model, target, vector]) as folder:
         with Progress(*columns) as progress:
             task = progress.add_task("distilling", total=steps)
             losses: list[float] = []
@@ -51,10 +52,10 @@ def distil(
                 progress.update(task, completed=step, description=note)
 
             made = train_scales(
-                base,
-                aligned,
+                model,
+                target,
                 vector,
-                AutoTokenizer.from_pretrained(base),
+                AutoTokenizer.from_pretrained(model),
                 calibration,
                 steps=steps,
                 batch_size=batch_size,

@@ -5,11 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 
-import torch
-
 import alignvec
 from alignvec.cli.options import console, table
-from alignvec.planner.explain import backends, table_in_use, typical
 
 PACKAGES = ("torch", "triton", "transformers", "safetensors", "accelerate", "trl", "numpy")
 
@@ -19,6 +16,10 @@ def env() -> None:
 
     Example: alignvec env
     """
+    import torch
+
+    from alignvec.planner.explain import backends, table_in_use, typical
+
     rows = table("alignvec", "what", "value", numeric_from=9)
     rows.add_row("alignvec", alignvec.__version__)
     rows.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")

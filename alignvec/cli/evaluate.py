@@ -7,14 +7,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.progress import Progress
 
-from alignvec.cli.options import console, mix, table, vectors
+from alignvec.cli.options import DeviceOption, console, device_or_default, mix, model_folder, table, vectors
 from alignvec.errors import AlignvecError
 
 if TYPE_CHECKING:
+    import torch
+
     from alignvec.evaluate import Question, Scores
     from alignvec.evaluate.generation import Generated
 
@@ -22,7 +23,7 @@ Mixes = list[dict[str, float]]
 
 
 def evaluate(
-    base: Annotated[Path, typer.Argument(help="The model: a transformers folder.")],
+    base: Annotated[str, typer.Argument(help="The model: a transformers folder or a hub id.")],
     questions: Annotated[
         Path | None, typer.Argument(help="JSON lines: domain, query, responses by level. Or --shipped.")
     ] = None,
@@ -54,9 +55,7 @@ def evaluate(
     count: Annotated[int | None, typer.Option(min=1, help="Questions per domain; default: all.")] = None,
     output: Annotated[Path | None, typer.Option(help="Write rates, intervals and settings as JSON.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the sweeps into this picture file.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cuda"
-    if torch.cuda.is_available()
-    else "cpu",
+    device: DeviceOption = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     transfer: Annotated[
         bool, typer.Option("--transfer", help="The vectors come from another base, on purpose.")
@@ -88,11 +87,10 @@ def evaluate(
     wanted: Mixes = [{name: coefficient} for name in sweep or () for coefficient in axis]
     wanted = wanted or [mix("--mix", [text]) for text in mixes or []] or [{}]
     chosen_judge = None if judge is None else _judge(judge, judge_model, asked, output)
-    if not base.is_dir():
-        raise AlignvecError(f"{base} is no folder with a model")
+    folder, device = model_folder(base), device_or_default(device)
 
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(base)
-    net: Any = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
+    net: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     net.to(device).eval()
     attached = alignvec.attach(net, folders, transfer=transfer) if folders else net
     scorer = Scorer(attached, tokenizer, asked)
@@ -117,8 +115,8 @@ def evaluate(
     _print(scorer.domains, scores, wanted, kinds, generated)
     if output is not None:
         settings = {
-            "base": str(base),
-            "vectors": {name: str(folder) for name, folder in folders.items()},
+            "base": base,
+            "vectors": {name: str(path) for name, path in folders.items()},
             "questions": "shipped" if shipped else str(questions),
             "judge": judge,
             "judge_model": judge_model,
@@ -195,7 +193,7 @@ def _print(
                     f"{rate:.0%} [{start:.0%}, {end:.0%}]"
                     for rate, (start, end) in zip(rates[kind][m, d].tolist(), ends[kind][m, d].tolist(), strict=True)
                 ]
-                shown.add_row(name if kind == kinds[0] else "", kind, *(cell.replace("[", "\\[") for cell in cells))
+                shown.add_row(name if kind == kinds[0] else "", kind, *cells)
             if generated is not None and judged is not None:
                 share = dict(zip(generated.levels, judged[0][m, d].tolist(), strict=True))
                 shown.add_row(
@@ -216,6 +214,8 @@ def _write(
     generated: Generated | None,
 ) -> None:
     """One entry a mix: by domain and level, rates and intervals, and each level's mean log-probability a token."""
+    import torch
+
     from alignvec.writer import replaced
 
     def named(values: torch.Tensor, levels: tuple[str, ...]) -> dict[str, Any]:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
-from alignvec.cli.options import console, mix, vectors
+from alignvec.cli.options import DeviceOption, console, device_or_default, mix, model_folder, vectors
 from alignvec.errors import AlignvecError
 
 
 def generate(
-    model: Annotated[Path, typer.Argument(help="The base model: a transformers folder.")],
+    model: Annotated[str, typer.Argument(help="The base model: a transformers folder or a hub id.")],
     prompt: Annotated[str, typer.Argument(help="What to ask.")],
     vector: Annotated[
         list[str], typer.Option("--vector", "-v", help="NAME=FOLDER of an alignment vector; repeatable.")
@@ -25,9 +23,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 96,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cuda"
-    if torch.cuda.is_available()
-    else "cpu",
+    device: DeviceOption = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     transfer: Annotated[bool, typer.Option(help="The vectors come from another base, on purpose.")] = False,
 ) -> None:
@@ -35,17 +31,18 @@ def generate(
 
     Example: alignvec generate base/ "What is metformin?" -v medical=medical-av -m medical=-1 -m medical=1
     """
+    import torch
     import transformers
+    from rich.text import Text
 
     import alignvec
 
     if max_new_tokens < 1 or temperature < 0:
         raise AlignvecError("--max-new-tokens must be at least 1 and --temperature at least 0")
-    if not model.is_dir():
-        raise AlignvecError(f"{model} is no folder with a model")
     requested = [mix("--mix", [text]) for text in mixes or []] or [{}]
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model)
-    net: Any = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    folder, device = model_folder(model), device_or_default(device)
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
+    net: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     net.to(device).eval()
     alignment = alignvec.attach(net, vectors(vector), transfer=transfer)
     alignment.set_rows(requested)
@@ -63,4 +60,5 @@ def generate(
         output = net.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **sampling)
     for row, wanted in zip(output[:, inputs["input_ids"].shape[1] :], requested, strict=True):
         name = ", ".join(f"{k}={v:g}" for k, v in wanted.items()) or "base"
-        console.print(f"[bold]{name}[/bold]  {tokenizer.decode(row, skip_special_tokens=True).strip()}", soft_wrap=True)
+        answer = tokenizer.decode(row, skip_special_tokens=True).strip()
+        console.print(Text.assemble((name, "bold"), f"  {answer}"), soft_wrap=True)

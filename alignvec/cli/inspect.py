@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from alignvec.cli.options import console, size, table
-from alignvec.statistics import LayerStatistics, dense_bytes, statistics, total_error
-from alignvec.vector import AlignmentVector
+
+if TYPE_CHECKING:
+    from alignvec.statistics import LayerStatistics
+    from alignvec.vector import AlignmentVector
 
 STORED = ("format", "bytes", "of dense", "error", "SNR")
 
@@ -25,6 +27,9 @@ def inspect(
 
     Example: alignvec inspect medical-av legal-av
     """
+    from alignvec.statistics import dense_bytes, total_error
+    from alignvec.vector import AlignmentVector
+
     opened = {str(folder): AlignmentVector.load(folder) for folder in folders}
     if base is not None:
         opened = {name: vector.with_base(base) if vector.needs_base else vector for name, vector in opened.items()}
@@ -51,6 +56,8 @@ def inspect(
 
 def _layers(title: str, vector: AlignmentVector, base: str | None) -> list[Table]:
     """Where the vector acts, and what it takes."""
+    from alignvec.statistics import statistics
+
     acts = table(title, "layer", "parameters", "changed", "norm", "largest change", *(["norm / base"] if base else []))
     takes = table("as stored", "layer", *STORED, numeric_from=2)
     for layer in statistics(vector, base):
@@ -64,6 +71,8 @@ def _layers(title: str, vector: AlignmentVector, base: str | None) -> list[Table
 
 
 def _tensors(title: str, vector: AlignmentVector) -> Table:
+    from alignvec.statistics import dense_bytes
+
     rows = table(title, "tensor", *STORED, numeric_from=2)
     for name in vector:
         error = vector.errors.get(name)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from alignvec.errors import AlignvecError
 
-console = Console()
+console = Console(markup=False)  # names of tensors and answers of models are shown as they are
+
+DeviceOption = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: a GPU if there is one.", show_default=False)
+]
 
 
 def pairs(option: str, values: list[str]) -> dict[str, str]:
@@ -44,6 +50,27 @@ def mix(option: str, values: list[str]) -> dict[str, float]:
         return {name: float(number) for name, number in parsed.items()}
     except ValueError:
         raise AlignvecError(f"{option} takes NAME=NUMBER, not {', '.join(values)!r}") from None
+
+
+def model_folder(given: str) -> Path:
+    """The folder of a model; a hub id that is no local path is downloaded to the hub's cache first.
+
+    Raises:
+        AlignvecError: there is no such folder, nor a model that the hub could give.
+    """
+    from alignvec.sources import local_path
+
+    folder = local_path(given)
+    if not folder.is_dir():
+        raise AlignvecError(f"{given} is no folder with a model")
+    return folder
+
+
+def device_or_default(device: str | None) -> str:
+    """What --device says; without it the GPU, if there is one."""
+    import torch
+
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def table(title: str, *columns: str, numeric_from: int = 1) -> Table:

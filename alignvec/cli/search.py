@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from alignvec.cli.options import console, table, vectors
-from alignvec.errors import AlignvecError
+from alignvec.cli.options import DeviceOption, console, device_or_default, model_folder, table, vectors
 
 if TYPE_CHECKING:
     from alignvec.evaluate import Question
@@ -21,7 +19,7 @@ METHODS = ("hierarchical", "grid", "sweep", "tpe", "gp", "nsga2")
 
 
 def search(
-    base: Annotated[Path, typer.Argument(help="The base model: a transformers folder.")],
+    base: Annotated[str, typer.Argument(help="The base model: a transformers folder or a hub id.")],
     questions: Annotated[Path, typer.Argument(help="JSON lines: domain, query, responses by level.")],
     vector: Annotated[
         list[str], typer.Option("--vector", "-v", help="NAME=FOLDER of an alignment vector; repeatable.")
@@ -44,9 +42,7 @@ def search(
         Path | None, typer.Option(help="Draw the best score over evaluations, or the sweeps, into this picture file.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of tpe, gp and nsga2.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cuda"
-    if torch.cuda.is_available()
-    else "cpu",
+    device: DeviceOption = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     transfer: Annotated[bool, typer.Option(help="The vectors come from another base, on purpose.")] = False,
 ) -> None:
@@ -61,8 +57,7 @@ def search(
     from alignvec.writer import replaced, write_json
 
     check_choice("--method", method, METHODS)
-    if not base.is_dir():
-        raise AlignvecError(f"{base} is no folder with a model")
+    folder, device = model_folder(base), device_or_default(device)
     asked = first_of_each(load_questions(questions), count)
     domains, levels, constraints = domains_of(asked), levels_of(asked), constraint or []
     if target == "all":
@@ -70,7 +65,7 @@ def search(
     else:
         targets = [searching.Target.parse(target, domains, levels, constraints)]
     searching.lattice(points, low, high)
-    key = searching.landscape_key(base, vectors(vector), asked, dtype=dtype)
+    key = searching.landscape_key(folder, vectors(vector), asked, dtype=dtype)
     names = tuple(vectors(vector))
     landscape = searching.Landscape(names, domains, levels, storage=storage, key=key)
     before = len(landscape)
@@ -85,7 +80,7 @@ def search(
     )
     with bar:
         task = bar.add_task("measuring mixes", total=points ** len(names) - before if method == "grid" else None)
-        landscape.measure = _evaluator(base, vector, asked, device, dtype, transfer)
+        landscape.measure = _evaluator(folder, vector, asked, device, dtype, transfer)
         landscape.progress = lambda measured: bar.advance(task, measured)
         view = landscape.view()
         if method == "hierarchical":

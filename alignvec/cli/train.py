@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from alignvec.cli.options import console, size
+from alignvec.cli.options import console, model_folder, size
 from alignvec.errors import AlignvecError
 
 
 def train(
-    base: Annotated[Path, typer.Argument(help="The base model: a transformers folder with its tokenizer.")],
+    base: Annotated[str, typer.Argument(help="The base model: a transformers folder with its tokenizer, or a hub id.")],
     pairs: Annotated[
         Path, typer.Argument(help="JSON lines with prompt, chosen and rejected; with --prefer, a file of questions.")
     ],
@@ -59,16 +59,15 @@ def train(
     from alignvec.vector import AlignmentVector
     from alignvec.writer import output_folder
 
-    if not base.is_dir():
-        raise AlignvecError(f"{base} is no folder with a model")
     if format is not None:
         asked_for(format)
     wanted = preferences(prefer or [])
     chosen = pairs_from_questions(load_questions(pairs), wanted) if wanted else load_pairs(pairs)
-    with output_folder(output, overwrite=overwrite, inputs=[base]) as folder:  # refused before training, not after
+    model = model_folder(base)
+    with output_folder(output, overwrite=overwrite, inputs=[model]) as folder:  # refused before training, not after
         vector = train_dpo(
-            base,
-            AutoTokenizer.from_pretrained(base),
+            model,
+            AutoTokenizer.from_pretrained(model),
             chosen,
             method=method,
             rank=rank,
@@ -93,7 +92,7 @@ def train(
         if format is None:
             vector.save(folder, overwrite=True)
         else:
-            convert(vector, folder, format, base=base, overwrite=True)
+            convert(vector, folder, format, base=model, overwrite=True)
     written = AlignmentVector.load(output)
     console.print(
         f"{output}: {len(written)} tensors, {written.format}, {size(written.nbytes)}, norm {vector.norm():.4g}"

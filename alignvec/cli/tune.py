@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 from alignvec.cli.options import console
@@ -33,6 +32,8 @@ def tune(
 
     Example: alignvec tune --format int4 --tokens 1 --tokens 16 --budget 600
     """
+    import torch
+
     from alignvec import tune as tuning
     from alignvec.kernels import configs
     from alignvec.planner import check_choice

@@ -163,7 +163,7 @@ def test_env_names_the_backends(cli) -> None:  # type: ignore[no-untyped-def]
         ("convert av out --format peft", "low-rank"),
         ("convert base out", "no alignment vector"),
         ("inspect base", "base"),
-        ("check other -v av", "another base"),
+        ("check other -v av", "a different base"),
         ("merge other out -v av -m av=1", "av"),
         ("merge base out -v av -m nobody=1", "nobody"),
         ("merge base out -v av -m av=nan", "finite"),

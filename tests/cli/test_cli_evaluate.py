@@ -122,4 +122,4 @@ def test_bad_input_is_one_line_and_status_2(cli, folder: Path, arguments: list[s
 
 
 def test_a_base_that_is_no_folder_is_refused(cli) -> None:  # type: ignore[no-untyped-def]
-    assert "no folder with a model" in cli("nowhere", "questions.jsonl")[2]
+    assert "nowhere is neither a local checkpoint nor" in cli("nowhere", "questions.jsonl")[2]

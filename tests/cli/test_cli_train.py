@@ -81,7 +81,7 @@ def test_questions_train_all_weights_and_signs_are_distilled(cli, folder: Path) 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("train", "nowhere", "pairs.jsonl", "out"), "nowhere is no folder"),
+        (("train", "nowhere", "pairs.jsonl", "out"), "nowhere is neither a local checkpoint nor"),
         (("train", "base", "texts.jsonl", "out"), "texts.jsonl, line 1"),
         (("train", "base", "questions.jsonl", "out", "--prefer", "d"), "--prefer takes"),
         (("train", "base", "pairs.jsonl", "out", "--format", "int5"), "int5"),

@@ -104,7 +104,7 @@ def test_statistics_of_lossless_without_its_base(pair: tuple[Path, Path], tmp_pa
 
 def test_another_base_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
     bound = extract(*pair, format="lossless", output=tmp_path / "v")
-    with pytest.raises(AlignvecError, match="another base"):
+    with pytest.raises(AlignvecError, match="a different base"):
         merge(pair[1], {"x": tmp_path / "v"}, {"x": 1.0}, tmp_path / "m")
     with pytest.raises(AlignvecError, match="'x' is lossless: steps from the values of its own base"):
         merge(pair[1], {"x": tmp_path / "v"}, {"x": 1.0}, tmp_path / "m", transfer=True)

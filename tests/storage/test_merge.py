@@ -165,14 +165,18 @@ REFUSED: dict[str, Refused] = {
     "there is no vector": lambda b, v, o: merge(b, {}, {}, o),
     "rounding 'up' is not known": lambda b, v, o: merge(b, {"x": v["legal"]}, {"x": 1}, o, rounding="up"),
     "dtype int8": lambda b, v, o: merge(b, {"x": v["legal"]}, {"x": 1}, o, dtype="int8"),
-    "'x' does not fit base: ghost is [2]": lambda b, v, o: merge(
+    "'x' does not fit base: 1 of its 1 tensors have no place there (ghost)": lambda b, v, o: merge(
         b, {"x": AlignmentVector({"ghost": torch.ones(2)})}, {"x": 1}, o
     ),
     "model.norm.weight is [3], the base has shape [24]": lambda b, v, o: merge(
         b, {"x": AlignmentVector({"model.norm.weight": torch.ones(3)})}, {"x": 1}, o
     ),
-    "holds NaN or infinity": lambda b, v, o: merge(b, {"x": v["legal"]}, {"x": 1e38}, o, dtype="float16"),
-    "lm_head.weight: other values": lambda b, v, o: merge(b.parent / "aligned", {"x": v["legal"]}, {"x": 1}, o),
+    "is too large for float16: choose smaller": lambda b, v, o: merge(
+        b, {"x": v["legal"]}, {"x": 1e38}, o, dtype="float16"
+    ),
+    "7 of 10 tensors have other values (lm_head.weight, ": lambda b, v, o: merge(
+        b.parent / "aligned", {"x": v["legal"]}, {"x": 1}, o
+    ),
     "not an empty folder": lambda b, v, o: merge(b, {"x": v["legal"]}, {"x": 1}, b.parent / "aligned"),
     "holds the input": lambda b, v, o: merge(b, {"x": v["legal"]}, {"x": 1}, b, overwrite=True),
     "is no alignment vector": lambda b, v, o: merge(b, {"x": b}, {"x": 1}, o),
