@@ -70,9 +70,9 @@ def build(architecture: Architecture) -> PreTrainedModel:
     torch.manual_seed(0)
     config_class, changes = CONFIG_MAPPING[architecture.model_type], OVERRIDES.get(architecture.model_type, {})
     model_class = getattr(transformers, architecture.class_name)
-    if not issubclass(config_class, model_class.config_class):  # the class takes the text's part of a whole
-        parts = getattr(config_class, "sub_configs_defaults", {})
-        part = next(key for key in ("text_config", "decoder") if key in parts)
+    parts = getattr(config_class, "sub_configs_defaults", {})
+    part = next((key for key in ("text_config", "decoder") if key in parts), None)
+    if part is not None and not issubclass(config_class, model_class.config_class):  # the class takes the text's part
         config_class, changes = model_class.config_class, changes.get(part, {})
     config = config_class(**options(config_class, changes))
     config._attn_implementation = "eager"

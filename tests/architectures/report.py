@@ -109,7 +109,7 @@ def general(sentence: str, record: Record) -> str:
     """A refusal without the names and numbers of its model, so that refusals of one kind are told together."""
     sentence = sentence.replace(record["class_name"], "MODEL")
     sentence = re.sub(r"^\w+ uses its own [\w, ]+ around", "MODULE uses its own PARAMETERS around", sentence)
-    return _escaped(re.sub(r"\d+%", "N%", sentence))
+    return _escaped(re.sub(r"\b\d+\b", "N", sentence))
 
 
 def _escaped(text: str) -> str:
