@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from alignvec import ops
 from alignvec.coefficients import Coefficients
 from alignvec.errors import AlignvecError, RowsError
-from alignvec.foreign import Mix, Unformed
+from alignvec.foreign import ByRow, Mix, Unformed
 from alignvec.fused import Fused
 from alignvec.kernels.operands import Operand, decode, dense
 
@@ -88,6 +88,7 @@ class Edit:
     path: the module's name in the model, for refusals.
     fused: the sibling layers that it is computed with, if there are any.
     order: how the module's inputs lie in a batch; None where nobody has tried.
+    rowwise: the module runs once for each row, since modules inside of it get their tokens in another order.
     unplaced: whether a trial of rows found that the inputs are not in the order of the batch, or did not get there.
     widens: the module's own forward runs in float32, on parameters in float32.
     entered: whether a trace of torch.compile is in that forward.
@@ -95,6 +96,7 @@ class Edit:
 
     fused: Fused | None = None
     order: Order | None = None
+    rowwise = False
     unplaced = False
     widens = False
     entered = False
@@ -141,6 +143,8 @@ class Edit:
         if self._alone:
             with self.coefficients.call(x.shape[0]):
                 return self.linear(x, weight, bias)
+        if (parts := self._parts(x)) is not None:
+            return self._each(parts, lambda part: self.linear(part, weight, bias))
         x, table, rows = self._place(x)
         choices = self.choices
         if choices[0] == "materialise" and (torch.compiler.is_compiling() or not self.coefficients.one_mix):
@@ -167,6 +171,8 @@ class Edit:
         if self._alone:
             with self.coefficients.call(ids.shape[0] if ids.dim() else 1):
                 return self.embedding(ids, weight)
+        if (parts := self._parts(ids)) is not None:
+            return self._each(parts, lambda part: self.embedding(part, weight))
         ids, table, rows = self._place(ids)
         deltas = self.deltas["weight"]
         if weight.shape != deltas.operands[0].shape:
@@ -181,6 +187,8 @@ class Edit:
         if self._alone:
             with self.coefficients.call(x.shape[0]):
                 return self.rms_norm(x, weight, eps, offset)
+        if (parts := self._parts(x)) is not None:
+            return self._each(parts, lambda part: self.rms_norm(part, weight, eps, offset))
         x, table, rows = self._place(x)
         return ops.rms_norm(x, weight, self.stack("weight"), self.columns, table, rows, eps, offset, self.backend)
 
@@ -189,6 +197,8 @@ class Edit:
         if self._alone:
             with self.coefficients.call(x.shape[0]):
                 return self.layer_norm(x, weight, bias, eps)
+        if (parts := self._parts(x)) is not None:
+            return self._each(parts, lambda part: self.layer_norm(part, weight, bias, eps))
         x, table, rows = self._place(x)
         stacks = (self.stack("weight"), self.stack("bias"))
         return ops.layer_norm(x, weight, bias, *stacks, self.columns, table, rows, eps, self.backend)
@@ -199,6 +209,8 @@ class Edit:
         if self._alone:
             with self.coefficients.call(x.shape[0]):
                 return self.norm(module, x, forward)
+        if (parts := self._parts(x)) is not None:
+            return self._each(parts, lambda part: self.norm(module, part, forward))
         x, table, rows = self._place(x)
         return forward(x, self._all_mixed(module, x.shape[0], table, rows))
 
@@ -232,11 +244,9 @@ class Edit:
             return given[name]
 
         def form() -> Tensor:
-            if step.calls is not None and given is None:
-                step.calls.append((self, None))
             if not step.alike(self.vectors):
-                self.refuse_reader(name)
-            own = step if step.rows == 1 else step.first
+                return step.value((id(self), name), lambda: self._apart(parameter, name, step))
+            own = step if step.rows == 1 else step.row(0)
             return step.value((id(self), name), lambda: Mix.of(self._only(parameter, name, own), parameter.dtype))
 
         return Unformed.of(parameter, form) if apart else form()
@@ -248,8 +258,8 @@ class Edit:
 
     def refuse_reader(self, name: str) -> NoReturn:
         raise RowsError(
-            f"code outside of {self.path} reads its {name}, which then cannot have different coefficients for the "
-            "rows of a batch"
+            f"the model's own code computes with {self.path}.{name} and with tensors that do not tell which row they "
+            "belong to, so it cannot have different coefficients for the rows of a batch"
         )
 
     def refuse_rows(self) -> NoReturn:
@@ -267,6 +277,27 @@ class Edit:
         """Whether the module is called outside of any step."""
         return not torch.compiler.is_compiling() and self.coefficients.step is None
 
+    def _parts(self, x: Tensor) -> list[Tensor] | None:
+        """Each row's share of x, where x is not laid out by sequence; None where it is, or rows do not differ."""
+        if torch.compiler.is_compiling():
+            return None
+        if isinstance(x, ByRow):
+            return x.parts
+        step = self.coefficients.step
+        assert step is not None
+        if step.rows == 1 or step.alike(self.vectors) or self.order is None or not self.order.shared:
+            return None
+        return [x] * step.rows
+
+    def _each(self, parts: Sequence[Tensor], call: Callable[[Tensor], Tensor]) -> Tensor:
+        coefficients, step = self.coefficients, self.coefficients.step
+        assert step is not None
+        results = []
+        for row, part in enumerate(parts):
+            with coefficients.within(step.row(row) if step.rows > 1 else step):
+                results.append(call(part))
+        return ByRow.of(results, step.batch or step.rows, self.refuse_rows)
+
     def _place(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x as operators take it, the table and its number of rows. x whose leading size is 1 belongs to all sequences
         (positions, say): where their mixes differ it is repeated for each."""
@@ -279,7 +310,7 @@ class Edit:
             step.calls.append((self, (x,)))
         if step.rows > 1:
             if step.alike(self.vectors):
-                return x, *step.first.on(self.device)
+                return x, *step.row(0).on(self.device)
             batch = step.batch or step.rows
             if self.order is None or not self.order.batch_major:
                 self.refuse_rows()
@@ -316,6 +347,10 @@ class Edit:
     def _all_mixed(self, module: nn.Module, batch: int, table: Tensor, rows: Tensor) -> dict[str, Tensor]:
         parameters = {name: module._parameters[name] for name in self.deltas}
         return {name: self._mixed(p, name, batch, table, rows) for name, p in parameters.items() if p is not None}
+
+    def _apart(self, parameter: Tensor, name: str, step: Step) -> Tensor:
+        parts = [Mix.of(self._only(parameter, name, step.row(r)), parameter.dtype) for r in range(step.rows)]
+        return ByRow.of(parts, step.batch or step.rows, lambda: self.refuse_reader(name))
 
     def _only(self, parameter: Tensor, name: str, step: Step) -> Tensor:
         return self._mixed(parameter, name, 1, *step.on(self.device))[0]

@@ -5,7 +5,8 @@ method shifts by it. Inside a step such a read gives one of two tensors. `Mix` h
 parameter's dtype, and beside them in float32: torch's functions compute with the latter and round their result once, so
 that the coefficient is realised as exactly as by our operators; a foreign kernel that takes the memory itself gets the
 rounded values. `Unformed` stands for a parameter that code rarely reads for its values (`linear.weight.dtype`): it
-becomes a mix when it is used, and has no memory that a kernel could read unnoticed.
+becomes a mix when it is used, and has no memory that a kernel could read unnoticed. Where the rows of the batch have
+different coefficients the mix is a `ByRow`.
 """
 
 from __future__ import annotations
@@ -115,6 +116,115 @@ class Unformed(Tensor):
         raise AlignvecError(
             f"{func} got a parameter that vectors edit, from code that does not call its module; materialise() the mix"
         )
+
+
+class ByRow(Tensor):
+    """What differs by row without having a dimension for it: a parameter's mix, or what a module makes of positions
+    that all sequences share. Functions run once for each row, with that row's share of what is laid out by sequence.
+
+    parts: a tensor for each row of coefficients. batch: sequences of the step. spread: whether the leading dimension
+    has become that of the batch, of which every part then has its share. refuse: raises for the module that it is of.
+    """
+
+    parts: list[Tensor]
+    batch: int
+    spread: bool
+    refuse: Callable[[], NoReturn]
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"ByRow({len(self.parts)} x {tuple(self.parts[0].shape)}, dtype={self.dtype})"
+
+    @staticmethod
+    def of(parts: list[Tensor], batch: int, refuse: Callable[[], NoReturn], spread: bool = False) -> Tensor:
+        first = parts[0]
+        shape = (first.shape[0] * len(parts), *first.shape[1:]) if spread else first.shape
+        made: ByRow = torch.Tensor._make_wrapper_subclass(ByRow, shape, dtype=first.dtype, device=first.device)
+        made.parts, made.batch, made.refuse, made.spread = list(parts), batch, refuse, spread
+        return made
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            return super().__torch_function__(func, types, args, kwargs)
+        name = getattr(func, "__name__", "")
+        args, kwargs = tree_map_only(Unformed, lambda unformed: unformed.form(), (args, kwargs))
+        own = next(item for item in tree_flatten((args, kwargs))[0] if isinstance(item, ByRow))
+        in_place = name.endswith("_") and not name.endswith("__")
+        if in_place and isinstance(args[0], ByRow):
+            _refuse_write(name)
+        args, spread = _spread(own, name, args)
+        rows = len(own.parts)
+        split = False
+
+        def share(row: int) -> Callable[[Tensor], Tensor]:
+            def of(tensor: Tensor) -> Tensor:
+                nonlocal split, spread
+                if isinstance(tensor, ByRow):
+                    spread = spread or tensor.spread
+                    return tensor.parts[row]
+                if isinstance(tensor, Mix | torch.nn.Parameter) or not tensor.dim() or tensor.shape[0] == 1:
+                    return tensor
+                if tensor.dim() == 1 and tensor.shape[0] != own.batch:
+                    return tensor  # features or positions
+                if tensor.dim() == 1 or tensor.shape[0] % own.batch:
+                    own.refuse()  # nobody can tell
+                split = True
+                size = tensor.shape[0] // rows
+                return tensor[row * size : (row + 1) * size]
+
+            return of
+
+        results = []
+        for row in range(rows):
+            own_args, own_kwargs = tree_map_only(Tensor, share(row), (args, kwargs))
+            try:
+                results.append(func(*own_args, **own_kwargs))
+            except (RuntimeError, IndexError):
+                if split:  # what was cut in parts is not laid out by sequence
+                    own.refuse()
+                raise
+        if in_place:
+            return args[0]
+        return _side_by_side(results) if split else together(results, own.batch, own.refuse, spread)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> NoReturn:
+        next(item for item in tree_flatten((args, kwargs or {}))[0] if isinstance(item, ByRow)).refuse()
+
+
+def _spread(own: ByRow, name: str, args: Any) -> tuple[Any, bool]:
+    """`expand` of a leading 1 to the batch: of every row to its share of it."""
+    if name not in ("expand", "repeat", "broadcast_to") or not isinstance(args[0], ByRow) or args[0].spread:
+        return args, False
+    sizes = tuple(args[1]) if len(args) == 2 and isinstance(args[1], tuple | list) else tuple(args[1:])
+    leads = len(sizes) > args[0].dim() or args[0].shape[0] == 1
+    if not sizes or not leads or sizes[0] != own.batch or own.batch == 1:
+        return args, False
+    return (args[0], own.batch // len(own.parts), *sizes[1:]), True
+
+
+def together(results: list[Any], batch: int, refuse: Callable[[], NoReturn], spread: bool = False) -> Any:
+    """Results of the same function for each row: tensors as one by row, anything else only where it is the same."""
+    first = results[0]
+    if isinstance(first, Tensor):
+        return ByRow.of(results, batch, refuse, spread)
+    if isinstance(first, tuple | list):
+        items = [together(list(parts), batch, refuse, spread) for parts in zip(*results, strict=True)]
+        return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
+    if any(result != first for result in results):
+        refuse()
+    return first
+
+
+def _side_by_side(results: list[Any]) -> Any:
+    first = results[0]
+    if isinstance(first, Tensor):
+        return torch.cat(results)
+    items = [_side_by_side(list(parts)) for parts in zip(*results, strict=True)]
+    return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
 
 
 def _result_dtype(tensors: list[Tensor]) -> torch.dtype:

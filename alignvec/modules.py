@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterable
-from types import FrameType
+from collections.abc import Iterable, Iterator
+from types import FrameType, FunctionType
 from typing import Any
 
 import torch
@@ -160,6 +160,10 @@ def own_parameter(module: nn.Module, name: str = "weight") -> Any:
     return module._parameters.get(name)
 
 
+# Beginnings of the names of methods that compute nothing.
+_NO_COMPUTATION = ("__", "_init", "init", "reset", "_reset", "tie", "_tie", "resize", "set_", "load", "save", "_load")
+
+
 class _Substituted:
     """`module` seen with other parameters; every other attribute is the module's."""
 
@@ -234,7 +238,36 @@ def _aligned_class(cls: Any, kind: type[Aligned], vectors_only: bool) -> type[Al
             # A subclass that extends forward by super() finds ours where it found the base's.
             bases = (aligned,) if cls is base else (cls, aligned)
             return type(f"Aligned{cls.__name__}", bases, {"original": cls})
-    return type(f"Aligned{cls.__name__}", (kind, cls), {"original": cls})
+    members: dict[str, Any] = {"original": cls}
+    if issubclass(kind, AlignedModule):
+        members |= {name: _in_step(method) for name, method in _methods(cls)}
+    return type(f"Aligned{cls.__name__}", (kind, cls), members)
+
+
+def _methods(cls: type) -> Iterator[tuple[str, Any]]:
+    """The methods that a model's own code gives a module beside its forward, the most derived of each name."""
+    seen = {"forward"}
+    for base in cls.__mro__:
+        if base.__module__.startswith(("torch.", "transformers.modeling_", "transformers.generation", "builtins")):
+            continue
+        for name, value in vars(base).items():
+            if name not in seen and isinstance(value, FunctionType) and not name.startswith(_NO_COMPUTATION):
+                yield name, value
+            seen.add(name)
+
+
+def _in_step(method: Any) -> Any:
+    """A method that computes under one mix also where it is called outside of a step (features of images, say)."""
+
+    @functools.wraps(method)
+    def run(self: Aligned, *args: Any, **kwargs: Any) -> Any:
+        coefficients = self.edit.coefficients
+        if torch.compiler.is_compiling() or coefficients.step is not None:
+            return method(self, *args, **kwargs)
+        with coefficients.call(None):
+            return method(self, *args, **kwargs)
+
+    return run
 
 
 def root_mean_square(module: Any) -> tuple[float, float] | None:

@@ -28,6 +28,8 @@ from alignvec.steps import Step, Values
 TOKENS = 7  # of a row
 PADS = (1, 2)  # before each row's: no two have the same number of tokens that count, and no mask can be left out
 SLACK = 0.3  # relative difference of what is the same but for rounding and a flipped choice of experts
+KEPT = ("past_key_values", "cache_params", "state")  # of earlier tokens, by the names that models give it
+FAR = 0.5  # relative difference of logits
 NOISE = 20.0  # times the difference that running together makes under one mix
 
 Calls = dict[Edit, list[Any]]
@@ -51,41 +53,74 @@ class RowCheck:
         Raises:
             AlignvecError: the model cannot be tried, or its rows do not come out as each does alone.
         """
-        with _evaluating(self.model), torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             inputs = self._inputs()
             zero: Values = (0.0,) * len(self.coefficients.names)
-            together, calls = self._forward(inputs, [zero])
+            _, calls = self._forward(inputs, [zero])
             alone = [self._forward(_row(inputs, row), [zero]) for row in range(2)]
             for edit in self.edits:
                 edit.order = _order(calls.get(edit), [own.get(edit) for _, own in alone])
             unplaced = self._enclose(inputs, zero)
             for edit in self.edits:
-                edit.unplaced = edit.order is None or not edit.order.batch_major
+                edit.unplaced = edit.order is None or not _placed(edit)
             if unplaced:
                 return unplaced
-            one: Values = (1.0,) * len(self.coefficients.names)
-            try:
-                mixed, _ = self._forward(inputs, [one, zero])
-            except AlignvecError:
-                return []  # what refuses rows then does so by its name whenever they come
-            first, _ = self._forward(_row(inputs, 0), [one])
-            noise = _difference(together, torch.cat([logits for logits, _ in alone]))
-            error = _difference(mixed, torch.cat([first, alone[1][0]]))
-            if not error <= NOISE * noise + 1e-4:
-                raise RowsError(
-                    f"rows with different coefficients come out of {type(self.model).__name__} other than each does "
-                    f"alone (by {error:.0%})"
-                )
+            far = self._far(inputs, zero)
+            for decoding in (False, True):
+                self._compare(inputs, far, zero, decoding)
             return []
 
-    def _forward(self, inputs: dict[str, Tensor], mixes: Sequence[Values]) -> tuple[Tensor, Calls]:
-        """The outputs, and what each edited module was called with. A row decodes a token more from its cache."""
+    def _far(self, inputs: dict[str, Any], zero: Values) -> Values:
+        """Coefficients under which a row is so different from the base that no rounding hides a wrong mix."""
+        row = _row(inputs, 0)
+        base, _ = self._forward(row, [zero])
+        chosen = tuple(1.0 for _ in zero)
+        for scale in (1.0, 4.0, 16.0, 64.0):
+            mix = tuple(scale for _ in zero)
+            output, _ = self._forward(row, [mix])
+            if not bool(output.isfinite().all()):
+                break
+            chosen = mix
+            if _difference(output, base) > FAR:
+                break
+        return chosen
+
+    def _compare(self, inputs: dict[str, Any], far: Values, zero: Values, decoding: bool) -> None:
+        """Two rows under different mixes against each alone; decoding: and a token more, from what they keep."""
+        try:
+            together, _ = self._forward(inputs, [zero], decoding)
+            alone = [
+                self._forward(_row(inputs, row), [mix], decoding)[0] for row, mix in ((0, zero), (1, zero), (0, far))
+            ]
+        except RowsError:
+            if decoding:  # the model itself cannot, given no more than its own cache
+                return
+            raise
+        try:
+            mixed, _ = self._forward(inputs, [far, zero], decoding)
+        except RowsError:
+            if decoding:  # what keeps a state refuses rows by its name, whenever they come
+                return
+            raise
+        noise = _difference(together, torch.cat(alone[:2]))
+        error = _difference(mixed, torch.cat([alone[2], alone[1]]))
+        if not error <= NOISE * noise + 1e-4:
+            raise RowsError(
+                f"rows with different coefficients come out of {type(self.model).__name__} other than each does "
+                f"alone (by {error:.0%})"
+            )
+
+    def _forward(self, inputs: dict[str, Any], mixes: Sequence[Values], decoding: bool = False) -> tuple[Tensor, Calls]:
+        """The outputs [batch, ...], and what each edited module was called with.
+
+        decoding: the last token of the prompt comes in a call of its own, with what the model kept of the others.
+        """
         step = Step(self.coefficients, mixes, next(iter(inputs.values())).shape[0])
         recorded: list[tuple[Edit, Any]] = []
         step.calls = recorded
         try:
-            with self.coefficients.within(step):
-                output = self.model(**inputs)
+            with self.coefficients.within(step), _untouched(self.model):
+                outputs = [self.model(**inputs)] if not decoding else self._decoded(inputs)
         except AlignvecError:
             raise
         except Exception as error:
@@ -95,9 +130,19 @@ class RowCheck:
             ) from error
         calls: Calls = defaultdict(list)
         for edit, values in recorded:
-            calls[edit].append(None if values is None else named_tensors(values))
-        first = output[0] if isinstance(output, tuple) else next(v for v in output.values() if isinstance(v, Tensor))
-        return first, calls
+            calls[edit].append(named_tensors(values))
+        return torch.cat([_first(output).flatten(1) for output in outputs], 1), calls
+
+    def _decoded(self, inputs: dict[str, Any]) -> list[Any]:
+        prompt = {**inputs, "input_ids": inputs["input_ids"][:, :-1], "use_cache": True}
+        if "attention_mask" in inputs:
+            prompt["attention_mask"] = inputs["attention_mask"][:, :-1]
+        first: Any = self.model(**prompt)
+        kept = {name: first[name] for name in KEPT if first.get(name) is not None}
+        if not kept:
+            raise RowsError(f"{type(self.model).__name__} keeps nothing of earlier tokens")
+        last = {**inputs, "input_ids": inputs["input_ids"][:, -1:], "use_cache": True}
+        return [first, self.model(**last, **kept)]
 
     def _inputs(self) -> dict[str, Tensor]:
         config: Any = getattr(self.model, "config", None)
@@ -139,7 +184,7 @@ class RowCheck:
     def _enclose(self, inputs: dict[str, Tensor], zero: Values) -> list[Edit]:
         """Around modules that get their tokens in another order, find modules that do not, and let these run by row.
         Those that none is found around."""
-        failing = [edit for edit in self.edits if edit.order is not None and not edit.order.batch_major]
+        failing = [edit for edit in self.edits if edit.order is not None and not _placed(edit)]
         if not failing:
             return []
         around = _enclosing(self.model, failing)
@@ -156,7 +201,7 @@ class RowCheck:
                     continue
                 if module not in blocks:
                     blocks[module] = self._block(module, path)
-                    blocks[module].order = order
+                    blocks[module].order, blocks[module].rowwise = order, True
                 failing.remove(edit)
                 break
         return failing
@@ -180,6 +225,11 @@ class RowCheck:
         return seen
 
 
+def _placed(edit: Edit) -> bool:
+    """Whether a module gets its inputs in the order of the batch, or the same for all of it."""
+    return edit.order is not None and (edit.order.batch_major or edit.order.shared)
+
+
 def _enclosing(model: nn.Module, edits: Sequence[Edit]) -> dict[Edit, list[tuple[str, nn.Module]]]:
     """The modules around each edited one, the nearest first, without the model itself."""
     named = dict(model.named_modules())
@@ -192,13 +242,10 @@ def _enclosing(model: nn.Module, edits: Sequence[Edit]) -> dict[Edit, list[tuple
 
 
 def _order(together: list[dict[str, Tensor]] | None, alone: Sequence[list[dict[str, Tensor]] | None]) -> Order | None:
-    """The order of a module's tensors over all of its calls; None where it was not called.
-
-    A call that is None is none: other code has read the module's parameters.
-    """
+    """The order of a module's tensors over all of its calls; None where it was not called."""
     if not together:
         return None
-    if any(own is None or len(own) != len(together) for own in alone) or None in together:
+    if any(own is None or len(own) != len(together) for own in alone):
         return Order(False)
     found: dict[str, tuple[str, int]] = {}
     for number, call in enumerate(together):
@@ -211,9 +258,9 @@ def _order(together: list[dict[str, Tensor]] | None, alone: Sequence[list[dict[s
                 kind = OTHER
             found[place] = (kind, leading)
     kinds = {kind for kind, _ in found.values()}
-    shared_once = all(leading == 1 for kind, leading in found.values() if kind == SHARED)
-    floating = BATCH in kinds or (kinds == {SHARED} and shared_once)
-    return Order(OTHER not in kinds and floating, found)
+    once = bool(found) and all(leading == 1 for kind, leading in found.values() if kind == SHARED)
+    by_sequence = BATCH in kinds or (kinds == {SHARED} and once)
+    return Order(OTHER not in kinds and by_sequence, kinds <= {SHARED} and not once, found)
 
 
 def _kind(together: Tensor, alone: list[Tensor]) -> str:
@@ -239,6 +286,14 @@ def _difference(one: Tensor, other: Tensor) -> float:
     return error / size if size else (float("inf") if error else 0.0)
 
 
+def _first(output: Any) -> Tensor:
+    """The logits, or whatever the model gives first."""
+    if isinstance(output, Tensor):
+        return output
+    values = output.values() if isinstance(output, dict) else output
+    return next(value for value in values if isinstance(value, Tensor) and value.dim() > 1)
+
+
 def _row(inputs: dict[str, Any], row: int) -> dict[str, Any]:
     return {name: value[row, None] if isinstance(value, Tensor) else value for name, value in inputs.items()}
 
@@ -254,12 +309,17 @@ def _numbers(config: Any) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    for module in training:
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; afterwards it, and what its modules keep of their calls, is as it was before."""
+    before = [(module, dict(module.__dict__), dict(module._buffers)) for module in model.modules()]
+    for module, _, _ in before:
         module.training = False
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module, attributes, buffers in before:
+            for name in module.__dict__.keys() - attributes.keys():
+                del module.__dict__[name]
+            module.__dict__.update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)

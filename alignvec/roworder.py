@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from alignvec.errors import RowsError
+from alignvec.foreign import ByRow, together
 
 if TYPE_CHECKING:
     from alignvec.edit import Edit
@@ -28,16 +29,18 @@ class Order:
     """How the inputs of a module lie in a batch.
 
     batch_major: sequence after sequence, as much of each; or, with a leading size of 1, the same for all sequences.
+    shared: the same for all sequences, without a dimension for them.
     tensors: BATCH, SHARED or OTHER for each tensor among the arguments, and its leading size when it was tried.
     """
 
     batch_major: bool
+    shared: bool = False
     tensors: Mapping[str, tuple[str, int]] = field(default_factory=dict)
 
 
 def mapped(value: Any, change: Callable[[str, Any], Any], place: str = "") -> Any:
     """`change(place, item)` of all in tuples, lists and dicts. Caches and other objects are items, never opened."""
-    if isinstance(value, tuple | list):
+    if isinstance(value, tuple | list) and not isinstance(value, torch.Size):
         items = [mapped(item, change, f"{place}[{number}]") for number, item in enumerate(value)]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, dict):
@@ -78,15 +81,17 @@ def forward_by_row(view: Aligned, args: tuple[Any, ...], kwargs: dict[str, Any])
         return view.original.forward(view, *args, **kwargs)
     if step.calls is not None:
         step.calls.append((edit, (args, kwargs)))
-    if step.rows == 1:
+    if step.rows == 1 or not (edit.widens or edit.rowwise):  # its parameters come by row
         return _forward(view, step, args, kwargs)
     if step.alike(edit.vectors) and edit.deltas and not _inner(view):
-        with coefficients.within(step.first):
-            return _forward(view, step.first, args, kwargs)
+        with coefficients.within(step.row(0)):
+            return _forward(view, step.row(0), args, kwargs)
     parts = []
     for number, (own_args, own_kwargs) in enumerate(_split(edit, step, args, kwargs)):
         with coefficients.within(step.row(number)) as own:
             parts.append(_forward(view, own, own_args, own_kwargs))
+    if edit.order is not None and edit.order.shared:
+        return together(parts, step.batch or step.rows, edit.refuse_rows)
     return _joined(parts)
 
 
@@ -94,6 +99,7 @@ def _forward(view: Aligned, step: Step, args: Any, kwargs: Any) -> Any:
     """Under one mix. A module without further parameters below it runs in float32, so that its mix is not rounded."""
     edit = view.edit
     step.given[id(view)] = edit.mixed(view, step) if edit.widens else {}
+    kept = _kept(view) if step.calls is not None else {}
     try:
         if not edit.widens:
             return view.original.forward(view, *args, **kwargs)
@@ -102,6 +108,13 @@ def _forward(view: Aligned, step: Step, args: Any, kwargs: Any) -> Any:
         return _narrowed(view.original.forward(view, *args, **kwargs), dtype)
     finally:
         del step.given[id(view)]
+        if step.calls is not None and _kept(view) != kept:
+            edit.widens = False  # it keeps a state, of the whole batch and in the model's dtype
+
+
+def _kept(view: Aligned) -> dict[str, int]:
+    """The tensors that a module keeps in its attributes."""
+    return {name: id(value) for name, value in view.__dict__.items() if isinstance(value, Tensor)}
 
 
 def _traced(view: Aligned, args: Any, kwargs: Any) -> Any:
@@ -136,7 +149,11 @@ def _split(edit: Edit, step: Step | None, args: Any, kwargs: Any) -> Iterator[An
     kinds: dict[str, str] = {}
 
     def judge(place: str, item: Any) -> None:
-        if isinstance(item, Tensor):
+        if isinstance(item, ByRow):
+            return
+        if isinstance(item, Tensor) and edit.order.shared:  # type: ignore[union-attr]
+            kinds[place] = SHARED
+        elif isinstance(item, Tensor):
             kinds[place] = _kind(edit, place, item, batch)
         elif hasattr(item, "update"):  # keys and values, or a state: one object for all rows
             raise RowsError(
@@ -149,6 +166,8 @@ def _split(edit: Edit, step: Step | None, args: Any, kwargs: Any) -> Iterator[An
     for row in range(rows):
 
         def share(place: str, item: Any, row: int = row) -> Any:
+            if isinstance(item, ByRow):
+                return item.parts[row]
             if kinds.get(place) != BATCH:
                 return item
             size = item.shape[0] // rows

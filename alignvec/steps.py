@@ -54,7 +54,7 @@ class Step:
         self._places: dict[torch.device, Place] = {}
         self._values: dict[tuple[int, str], Tensor] = {}
         self._parent: tuple[Step, int] | None = None
-        self._first: Step | None = None
+        self._alone: dict[int, Step] = {}
 
     @property
     def rows(self) -> int:
@@ -70,18 +70,13 @@ class Step:
 
     def row(self, number: int) -> Step:
         """The step of one row alone: its sequences, under its mix."""
-        batch = None if self.batch is None else self.batch // self.rows
-        part = Step(self.coefficients, self.mixes[number : number + 1], batch)
-        part._parent = (self, number)
-        part.calls = self.calls
-        return part
-
-    @property
-    def first(self) -> Step:
-        """The step of the first row alone; for modules whose vectors have the same coefficients in all rows."""
-        if self._first is None:
-            self._first = self.row(0)
-        return self._first
+        if number not in self._alone:
+            batch = None if self.batch is None else self.batch // self.rows
+            part = Step(self.coefficients, self.mixes[number : number + 1], batch)
+            part._parent = (self, number)
+            part.calls = self.calls
+            self._alone[number] = part
+        return self._alone[number]
 
     def again(self) -> Step:
         """The same mixes once more, for a layer that is computed again in the backward pass."""

@@ -71,7 +71,8 @@ def decode_attached(subject: Subject) -> Results:
 
 
 def decode_rows_plain(subject: Subject) -> Results:
-    return {**generated(subject.tuned, "row 0", 0), **generated(subject.base, "row 1", 1)}
+    wanted = (("row 0", subject.tuned, 0), ("row 1", subject.base, 1))
+    return {k: v for name, model, row in wanted for k, v in generated(model, name, row, alone=True).items()}
 
 
 def decode_rows_attached(subject: Subject) -> Results:

@@ -44,14 +44,22 @@ def logits(model: PreTrainedModel, batch: int = 2) -> Tensor:
     return output.logits if hasattr(output, "logits") else output[0]
 
 
-def generated(model: PreTrainedModel, name: str, row: int | None = None, images: bool = True) -> Results:
-    """Greedy tokens and their logits [batch, tokens, vocabulary] of two prompts, or of one row of them."""
+def generated(
+    model: PreTrainedModel, name: str, row: int | None = None, images: bool = True, alone: bool = False
+) -> Results:
+    """Greedy tokens and their logits [batch, tokens, vocabulary] of two prompts, or of one row of them.
+
+    alone: the row in a batch of its own, where a prompt is text: some models mix the rows of a batch up (Rwkv adds a
+    state [batch, features] to activations [batch, 1, features]).
+    """
     torch.manual_seed(0)
+    given: Inputs = prompt(model, 2, images)
+    rows, batch = (slice(None) if row is None else slice(row, row + 1)), 2
+    if alone and given.keys() == {"input_ids"} and len(given["input_ids"]) == batch:
+        given, rows, batch = {"input_ids": given["input_ids"][rows]}, slice(None), 1
     with torch.no_grad():
-        given: Inputs = {**prompt(model, 2, images), **GREEDY, "return_dict_in_generate": True, "output_logits": True}
         generate: Any = model.generate
-        output = generate(**given)
-    rows = slice(None) if row is None else slice(row, row + 1)
+        output = generate(**given, **GREEDY, return_dict_in_generate=True, output_logits=True)
     scores = torch.stack(output.logits, 1)
-    scores = scores.reshape(2, -1, *scores.shape[1:])[rows]
-    return {f"tokens {name}": output.sequences.reshape(2, -1)[rows], f"logits {name}": scores}
+    scores = scores.reshape(batch, -1, *scores.shape[1:])[rows]
+    return {f"tokens {name}": output.sequences.reshape(batch, -1)[rows], f"logits {name}": scores}
