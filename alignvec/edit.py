@@ -94,13 +94,6 @@ class Edit:
     entered: whether a trace of torch.compile is in that forward.
     """
 
-    fused: Fused | None = None
-    order: Order | None = None
-    rowwise = False
-    unplaced = False
-    widens = False
-    entered = False
-
     def __init__(
         self,
         coefficients: Coefficients,
@@ -116,6 +109,9 @@ class Edit:
         self.deltas = deltas
         self.choices = choices
         self.path = path
+        self.fused: Fused | None = None
+        self.order: Order | None = None
+        self.rowwise = self.unplaced = self.widens = self.entered = False
         self.move(device)
 
     def move(self, device: torch.device) -> None:
@@ -139,13 +135,9 @@ class Edit:
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """weight: [out_features, in_features]."""
-        self._follow(x)
-        if self._alone:
-            with self.coefficients.call(x.shape[0]):
-                return self.linear(x, weight, bias)
-        if (parts := self._parts(x)) is not None:
-            return self._each(parts, lambda part: self.linear(part, weight, bias))
-        x, table, rows = self._place(x)
+        if (place := self._place(x)) is None:
+            return self._apart(x, lambda part: self.linear(part, weight, bias))
+        x, table, rows = place
         choices = self.choices
         if choices[0] == "materialise" and (torch.compiler.is_compiling() or not self.coefficients.one_mix):
             choices = ("combine", *choices[1:])  # one mix for all rows is what the other cannot do without
@@ -168,12 +160,9 @@ class Edit:
 
     def embedding(self, ids: Tensor, weight: Tensor) -> Tensor:
         self._follow(weight)
-        if self._alone:
-            with self.coefficients.call(ids.shape[0] if ids.dim() else 1):
-                return self.embedding(ids, weight)
-        if (parts := self._parts(ids)) is not None:
-            return self._each(parts, lambda part: self.embedding(part, weight))
-        ids, table, rows = self._place(ids)
+        if (place := self._place(ids)) is None:
+            return self._apart(ids, lambda part: self.embedding(part, weight))
+        ids, table, rows = place
         deltas = self.deltas["weight"]
         if weight.shape != deltas.operands[0].shape:
             raise AlignvecError(
@@ -183,35 +172,23 @@ class Edit:
         return ops.embedding(ids, weight, deltas.specs, deltas.parts, self.columns, table, rows, self.backend)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
-        self._follow(x)
-        if self._alone:
-            with self.coefficients.call(x.shape[0]):
-                return self.rms_norm(x, weight, eps, offset)
-        if (parts := self._parts(x)) is not None:
-            return self._each(parts, lambda part: self.rms_norm(part, weight, eps, offset))
-        x, table, rows = self._place(x)
+        if (place := self._place(x)) is None:
+            return self._apart(x, lambda part: self.rms_norm(part, weight, eps, offset))
+        x, table, rows = place
         return ops.rms_norm(x, weight, self.stack("weight"), self.columns, table, rows, eps, offset, self.backend)
 
     def layer_norm(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-        self._follow(x)
-        if self._alone:
-            with self.coefficients.call(x.shape[0]):
-                return self.layer_norm(x, weight, bias, eps)
-        if (parts := self._parts(x)) is not None:
-            return self._each(parts, lambda part: self.layer_norm(part, weight, bias, eps))
-        x, table, rows = self._place(x)
+        if (place := self._place(x)) is None:
+            return self._apart(x, lambda part: self.layer_norm(part, weight, bias, eps))
+        x, table, rows = place
         stacks = (self.stack("weight"), self.stack("bias"))
         return ops.layer_norm(x, weight, bias, *stacks, self.columns, table, rows, eps, self.backend)
 
     def norm(self, module: nn.Module, x: Tensor, forward: Callable[[Tensor, dict[str, Tensor]], Tensor]) -> Tensor:
         """`forward(x, mixed)` with each sequence's parameters, float32 [batch, features]: x [batch, ..., features]."""
-        self._follow(x)
-        if self._alone:
-            with self.coefficients.call(x.shape[0]):
-                return self.norm(module, x, forward)
-        if (parts := self._parts(x)) is not None:
-            return self._each(parts, lambda part: self.norm(module, part, forward))
-        x, table, rows = self._place(x)
+        if (place := self._place(x)) is None:
+            return self._apart(x, lambda part: self.norm(module, part, forward))
+        x, table, rows = place
         return forward(x, self._all_mixed(module, x.shape[0], table, rows))
 
     def mixed(self, module: nn.Module, step: Step) -> dict[str, Tensor]:
@@ -245,7 +222,7 @@ class Edit:
 
         def form() -> Tensor:
             if not step.alike(self.vectors):
-                return step.value((id(self), name), lambda: self._apart(parameter, name, step))
+                return step.value((id(self), name), lambda: self._by_row(parameter, name, step))
             own = step if step.rows == 1 else step.row(0)
             return step.value((id(self), name), lambda: Mix.of(self._only(parameter, name, own), parameter.dtype))
 
@@ -272,56 +249,50 @@ class Edit:
         if self.device != tensor.device and tensor.device.type != "meta":
             self.move(tensor.device)
 
-    @property
-    def _alone(self) -> bool:
-        """Whether the module is called outside of any step."""
-        return not torch.compiler.is_compiling() and self.coefficients.step is None
+    def _place(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """x as operators take it, the table and its number of rows; None where the call has to be made `_apart`.
 
-    def _parts(self, x: Tensor) -> list[Tensor] | None:
-        """Each row's share of x, where x is not laid out by sequence; None where it is, or rows do not differ."""
+        x whose leading size is 1 belongs to all sequences (positions, say): where their mixes differ it is repeated.
+        """
+        if x.is_floating_point():
+            self._follow(x)
         if torch.compiler.is_compiling():
+            return self._traced_place(x)
+        step = self.coefficients.thread.step
+        if step is None or isinstance(x, ByRow):
             return None
-        if isinstance(x, ByRow):
-            return x.parts
-        step = self.coefficients.step
-        assert step is not None
-        if step.rows == 1 or step.alike(self.vectors) or self.order is None or not self.order.shared:
+        if step.calls is not None:
+            step.calls.append((self, (x,)))
+        if step.rows == 1:
+            return x, *step.on(self.device)
+        if step.alike(self.vectors):
+            return x, *step.row(0).on(self.device)
+        if self.order is None or not (self.order.batch_major or self.order.shared):
+            self.refuse_rows()
+        if self.order.shared:
             return None
-        return [x] * step.rows
+        batch = step.batch or step.rows
+        if x.shape[0] == 1:
+            x = x.expand(batch, *x.shape[1:])
+        elif x.shape[0] % batch:
+            raise RowsError(
+                f"{self.path} got an input {list(x.shape)} in a batch of {batch} whose rows have different "
+                "coefficients, and needs as much of it for every sequence"
+            )
+        return x, *step.on(self.device)
 
-    def _each(self, parts: Sequence[Tensor], call: Callable[[Tensor], Tensor]) -> Tensor:
-        coefficients, step = self.coefficients, self.coefficients.step
-        assert step is not None
+    def _apart(self, x: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
+        """The call in a step of its own, or, of what is not laid out by sequence, once for each row."""
+        coefficients = self.coefficients
+        step = coefficients.step
+        if step is None:
+            with coefficients.call(x.shape[0] if x.dim() else None):
+                return call(x)
         results = []
-        for row, part in enumerate(parts):
+        for row, part in enumerate(x.parts if isinstance(x, ByRow) else [x] * step.rows):
             with coefficients.within(step.row(row) if step.rows > 1 else step):
                 results.append(call(part))
         return ByRow.of(results, step.batch or step.rows, self.refuse_rows)
-
-    def _place(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x as operators take it, the table and its number of rows. x whose leading size is 1 belongs to all sequences
-        (positions, say): where their mixes differ it is repeated for each."""
-        coefficients = self.coefficients
-        if torch.compiler.is_compiling():
-            return self._traced_place(x)
-        step = coefficients.step
-        assert step is not None
-        if step.calls is not None:
-            step.calls.append((self, (x,)))
-        if step.rows > 1:
-            if step.alike(self.vectors):
-                return x, *step.row(0).on(self.device)
-            batch = step.batch or step.rows
-            if self.order is None or not self.order.batch_major:
-                self.refuse_rows()
-            if x.shape[0] == 1:
-                x = x.expand(batch, *x.shape[1:])
-            elif not self.takes_rows(step, x):
-                raise RowsError(
-                    f"{self.path} got an input {list(x.shape)} in a batch of {batch} whose rows have different "
-                    "coefficients, and needs as much of it for every sequence"
-                )
-        return x, *step.on(self.device)
 
     def _traced_place(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         coefficients = self.coefficients
@@ -348,7 +319,7 @@ class Edit:
         parameters = {name: module._parameters[name] for name in self.deltas}
         return {name: self._mixed(p, name, batch, table, rows) for name, p in parameters.items() if p is not None}
 
-    def _apart(self, parameter: Tensor, name: str, step: Step) -> Tensor:
+    def _by_row(self, parameter: Tensor, name: str, step: Step) -> Tensor:
         parts = [Mix.of(self._only(parameter, name, step.row(r)), parameter.dtype) for r in range(step.rows)]
         return ByRow.of(parts, step.batch or step.rows, lambda: self.refuse_reader(name))
 

@@ -62,7 +62,8 @@ class AlignedLinear(Aligned, nn.Linear):
             y = fused.take(self, input)
             if y is not None:
                 return y
-        return self.edit.linear(input, own_parameter(self), own_parameter(self, "bias"))
+        parameters = self._parameters
+        return self.edit.linear(input, parameters["weight"], parameters["bias"])  # type: ignore[arg-type]
 
 
 class AlignedConv1D(Aligned, Conv1D):

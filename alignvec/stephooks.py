@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from functools import partial
 from types import FrameType
@@ -9,7 +10,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import skip_code
 
 from alignvec.coefficients import Coefficients
 from alignvec.edit import publish_traced
@@ -21,11 +21,16 @@ from alignvec.swaps import Swaps
 _INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 
 
-def _traced_only_inside(hook: Any) -> Any:
+@functools.cache
+def _settle_with_compile() -> None:
     """torch.compile runs a compiled model's own hooks by themselves: they then run as they are, and are traced where
-    they are a part of what is compiled."""
-    skip_code(hook.__code__)
-    return hook
+    they are a part of what is compiled. On first use: torch._dynamo imports triton."""
+    from torch._dynamo.eval_frame import skip_code
+
+    for name in ("_open", "_close"):
+        skip_code(getattr(StepHooks, name).__code__)
+    for name in ("_enter", "_leave"):
+        setattr(StepHooks, name, torch.compiler.disable(getattr(StepHooks, name)))
 
 
 class StepHooks:
@@ -39,6 +44,7 @@ class StepHooks:
     def __init__(self, model: nn.Module, coefficients: Coefficients, swaps: Swaps) -> None:
         from transformers import PreTrainedModel
 
+        _settle_with_compile()
         self.model, self._coefficients, self._swaps = model, coefficients, swaps
         self._handles = []
         for module in model.modules():
@@ -57,7 +63,6 @@ class StepHooks:
                 del module.__dict__["resize_token_embeddings"]
         self._handles.clear()
 
-    @_traced_only_inside
     def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         coefficients = self._coefficients
         if not self._swaps.standing:  # a mix is materialised
@@ -71,7 +76,6 @@ class StepHooks:
         else:
             self._enter(module, args, kwargs)
 
-    @torch.compiler.disable
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         coefficients = self._coefficients
         step = coefficients.step
@@ -87,7 +91,6 @@ class StepHooks:
             step.opened_by(module, _caller())
             coefficients.enter(step)
 
-    @_traced_only_inside
     def _close(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         coefficients = self._coefficients
         if torch.compiler.is_compiling():
@@ -98,7 +101,6 @@ class StepHooks:
         else:
             self._leave(module, output)
 
-    @torch.compiler.disable
     def _leave(self, module: nn.Module, output: Any) -> None:
         coefficients = self._coefficients
         step = coefficients.step

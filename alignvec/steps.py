@@ -25,9 +25,9 @@ Place = tuple[Tensor, Tensor]  # the table float32 [rows, n_vectors] that kernel
 class Step:
     """What a step fixes: its rows of coefficients, the batch that they belong to, and where kernels read them.
 
-    mixes: one row of coefficients for all sequences, or several. batch: sequences of the outermost inputs; None where
-    these do not tell. given: parameters to use in the place of a module's own, by the module's id. calls: where not
-    None, every call of an edited module is appended (`rowcheck.py`).
+    mixes: one row of coefficients for all sequences, or several; rows: how many. batch: sequences of the outermost
+    inputs; None where these do not tell. given: parameters to use in the place of a module's own, by the module's id.
+    calls: where not None, every call of an edited module is appended (`rowcheck.py`).
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class Step:
         """
         self.coefficients = coefficients
         self.mixes = tuple(mixes)
+        self.rows = len(self.mixes)
         self.batch = batch
         self.counted = counted
         self.given: dict[int, dict[str, Tensor]] = {}
@@ -55,11 +56,7 @@ class Step:
         self._values: dict[tuple[int, str], Tensor] = {}
         self._parent: tuple[Step, int] | None = None
         self._alone: dict[int, Step] = {}
-
-    @property
-    def rows(self) -> int:
-        """How many rows of coefficients the batch has; 1 where all sequences share a mix."""
-        return len(self.mixes)
+        self._same: dict[tuple[int, ...], bool] = {}
 
     def on(self, device: torch.device) -> Place:
         """The table that kernels on `device` read in this step."""
@@ -84,12 +81,14 @@ class Step:
         twin._places = self._places
         return twin
 
-    def alike(self, columns: Sequence[int]) -> bool:
+    def alike(self, columns: tuple[int, ...]) -> bool:
         """Whether all rows have the same coefficients of these vectors, now and when a captured graph is replayed."""
-        first = self.mixes[0]
-        return self.rows == 1 or (
-            not self.coefficients.capturing and all(mix[c] == first[c] for mix in self.mixes for c in columns)
-        )
+        found = self._same.get(columns)
+        if found is None:
+            first = self.mixes[0]
+            same = all(mix[c] == first[c] for mix in self.mixes for c in columns)
+            found = self._same[columns] = self.rows == 1 or (same and not self.coefficients.capturing)
+        return found
 
     def value(self, key: tuple[int, str], form: Callable[[], Tensor]) -> Tensor:
         """A tensor that is formed once in a step."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from alignvec import planner
 
+_unsafe_view = torch.ops.aten._unsafe_view.default
 CPP = {"eager": "cpu", "eager_step": "cpu_step"}  # modules of alignvec.compiled beside those of kernels
 
 
@@ -42,5 +43,5 @@ def no_gradients(inputs: tuple[Any, ...]) -> list[Any]:
 
 def unview(y: Tensor, *shape: int) -> Tensor:
     """y in another shape, no view for autograd: callers may write to a layer's result in place, as to torch's own."""
-    result: Tensor = torch.ops.aten._unsafe_view(y, shape)
+    result: Tensor = _unsafe_view(y, shape)
     return result
