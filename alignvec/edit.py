@@ -89,7 +89,8 @@ class Edit:
     fused: the sibling layers that it is computed with, if there are any.
     order: how the module's inputs lie in a batch; None where nobody has tried.
     rowwise: the module runs once for each row, since modules inside of it get their tokens in another order.
-    unplaced: whether a trial of rows found that the inputs are not in the order of the batch, or did not get there.
+    unplaced: whether a trial of rows did not find that the inputs are in the order of the batch: compiled graphs, which
+    cannot take them by row, then refuse rows.
     widens: the module's own forward runs in float32, on parameters in float32.
     entered: whether a trace of torch.compile is in that forward.
     """
@@ -221,6 +222,8 @@ class Edit:
             return given[name]
 
         def form() -> Tensor:
+            if step.calls is not None:
+                step.calls.append((self, None))
             if not step.alike(self.vectors):
                 return step.value((id(self), name), lambda: self._by_row(parameter, name, step))
             own = step if step.rows == 1 else step.row(0)

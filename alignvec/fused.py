@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from alignvec import ops
+from alignvec.foreign import ByRow
 
 if TYPE_CHECKING:
     from alignvec.modules import AlignedLinear
@@ -56,7 +57,7 @@ class Fused:
         if self._misses >= MISSES or torch.is_grad_enabled() or x.is_inference():
             return None
         step = self.members[0].edit.coefficients.step
-        if step is None or step.calls is not None:
+        if step is None or step.calls is not None or isinstance(x, ByRow):
             return None
         state = self._state(x, step)
         pending: _Pending | None = getattr(self._local, "pending", None)

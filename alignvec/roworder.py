@@ -125,6 +125,8 @@ def _traced(view: Aligned, args: Any, kwargs: Any) -> Any:
         return view.original.forward(view, *args, **kwargs)
     dtype = _dtype(view, args, kwargs)
     alone = rows == 1 or coefficients.thread.traced_row is not None
+    if not alone and edit.unplaced:
+        edit.refuse_rows()
     edit.entered = True
     parts = []
     for row, (own_args, own_kwargs) in enumerate([(args, kwargs)] if alone else _split(edit, None, args, kwargs)):

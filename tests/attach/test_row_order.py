@@ -94,6 +94,55 @@ def test_layers_that_reorder_tokens_run_row_by_row(layer: nn.Module) -> None:
     assert not any("Aligned" in type(module).__name__ for module in model.modules()), kinds
 
 
+class Positions(nn.Module):
+    """A layer whose positions have no dimension for the batch, and are normed and projected before they meet it."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.table, self.norm, self.project = nn.Embedding(64, size), nn.LayerNorm(size), nn.Linear(size, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        positions = self.project(self.norm(self.table(torch.arange(x.shape[1], device=x.device))))
+        return x + positions
+
+
+@pytest.mark.parametrize("batch", [2, 4, 6])
+@pytest.mark.parametrize("tokens", [2, 4, 6, 9])
+@torch.no_grad()
+def test_what_all_rows_share_differs_by_row(tokens: int, batch: int) -> None:
+    """Also where there are as many tokens as sequences."""
+    torch.manual_seed(3)
+    model = built("LlamaConfig")
+    model.model.layers[0].mlp = Positions(32)
+    base, aligned, alignment = with_vector(model)
+    ids = torch.randint(3, 90, (batch, tokens), generator=torch.Generator().manual_seed(4))
+    alignment.set_rows([{"v": 1}, {"v": 0}])
+    half = batch // 2
+    truth = torch.cat([aligned(ids).logits[:half], base(ids).logits[half:]])
+    assert error(model(ids).logits, truth) < 1e-5
+
+
+@pytest.mark.parametrize("layer", [PositionFirst, Positions])
+def test_compiled_rows_of_such_layers_are_right_or_refused(layer: type[nn.Module]) -> None:
+    torch.manual_seed(3)
+    model = built("LlamaConfig")
+    model.model.layers[0].mlp = layer(32)
+    base, aligned, alignment = with_vector(model)
+    compiled = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        alignment.set(v=1)
+        assert error(compiled(IDS, use_cache=False).logits, aligned(IDS).logits) < 1e-5
+        alignment.set_rows([{"v": 1}, {"v": 0}])
+        truth = torch.stack([aligned(IDS).logits[0], base(IDS).logits[1]])
+        if layer is PositionFirst:
+            assert error(compiled(IDS, use_cache=False).logits, truth) < 1e-5
+        else:
+            with pytest.raises(AlignvecError, match=r"model\.layers\.0\.mlp\.table .*instead of set_rows"):
+                compiled(IDS, use_cache=False)
+        assert error(model(IDS).logits, truth) < 1e-5
+    torch._dynamo.reset()
+
+
 @torch.no_grad()
 def test_a_model_that_is_position_first_is_refused_by_name() -> None:
     torch.manual_seed(0)
