@@ -18,7 +18,7 @@ from alignvec.edit import Deltas, Edit
 from alignvec.errors import AlignvecError
 from alignvec.fused import fuse as fuse_siblings
 from alignvec.kernels.operands import MAX_VECTORS, Operand, dense
-from alignvec.modules import AlignedLinear, view
+from alignvec.modules import Aligned, AlignedLinear, view
 from alignvec.names import Delta, live_deltas, parameter_names, parameter_value
 from alignvec.swaps import Swap
 from alignvec.vector import AlignmentVector
@@ -48,7 +48,7 @@ def attach(
     Args:
         model: the base model that the vectors were extracted from.
         vectors: 1 to 16 vectors, or folders they were saved in, by the name to dial them with.
-        transfer: attach to another model of the same shapes than the one the vectors were extracted from.
+        transfer: attach to a model of the same names and shapes whose values are not those of the vectors' base.
         max_rows: most rows of coefficients that one batch can carry.
         precision: "exact" realises every coefficient to within 1e-3; "merged" gives what a merge rounded to the
             model's dtype gives.
@@ -58,9 +58,10 @@ def attach(
             a GPU's kernels run them.
 
     Raises:
-        AlignvecError: vectors are attached already, none or too many are given, another base (the message names the
-            tensors that differ), tensors that the model lacks, a wrong shape or dtype, NaN or infinity in a delta.
-            The model is unchanged then.
+        AlignvecError: vectors are attached already, none or too many are given, a different base (the message names
+            the tensors that differ), tensors that the model lacks, a wrong shape or dtype, NaN or infinity in a delta,
+            a parameter that the model holds in a second place, or a forward that was put on a module's object. The
+            model is unchanged then.
     """
     for option, value, allowed in (
         ("precision", precision, planner.PRECISIONS),
@@ -71,6 +72,10 @@ def attach(
     model = unwrapped(model)
     if getattr(model, "alignment", None) is not None:
         raise AlignvecError("vectors are already attached to this model; call model.alignment.detach() first")
+    if (part := next((path for path, m in model.named_modules() if isinstance(m, Aligned)), None)) is not None:
+        raise AlignvecError(
+            f"vectors are already attached to {part}, through a model around or inside of this one; detach them first"
+        )
     if not 1 <= len(vectors) <= MAX_VECTORS:
         raise AlignvecError(f"{len(vectors)} vectors were given; attach takes 1 to {MAX_VECTORS}")
     if not isinstance(max_rows, int) or max_rows < 1:

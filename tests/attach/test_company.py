@@ -141,3 +141,16 @@ def test_state_that_a_forward_keeps_moves_with_its_module() -> None:
     model(IDS)
     alignment.detach()
     assert model.model.layers[0].mlp.calls == 3
+
+
+def test_a_model_inside_of_an_attached_one_is_refused() -> None:
+    model = built("LlamaConfig")
+    vector = alignvec.extract(model, tuned(model))
+    inner = alignvec.extract(model.model, tuned(model.model))
+    alignment = alignvec.attach(model, {"v": vector})
+    with pytest.raises(AlignvecError, match=r"already attached to embed_tokens"):
+        alignvec.attach(model.model, {"v": inner})
+    alignment.detach()
+    alignvec.attach(model.model, {"v": inner})
+    with pytest.raises(AlignvecError, match=r"already attached to model\.embed_tokens"):
+        alignvec.attach(model, {"v": vector})
