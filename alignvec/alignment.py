@@ -110,6 +110,8 @@ class Alignment(NotPickled):
                 no multiple of R, and inputs of which it is not known whose rows they are, are refused when they come.
         """
         self._check_live()
+        if isinstance(mixes, Mapping):
+            raise AlignvecError("set_rows takes a list with one mix for each row; set() takes one mix for all")
         self._coefficients.write([self._coefficients.mix(mix) for mix in mixes])
 
     @contextlib.contextmanager
@@ -138,6 +140,7 @@ class Alignment(NotPickled):
             self.restore()
         if lost := self._swaps.put_originals():
             warnings.warn(f"{', '.join(lost)} were replaced after attach and stay as they are", stacklevel=2)
+        self._coefficients.suspended = True
         self._swaps.clear()  # frees the deltas
         self._buffers.clear()
         self._hooks.remove()
@@ -189,6 +192,7 @@ class Alignment(NotPickled):
         if self._materialised is None:
             self._changes += 1
             self._materialised = Materialised(self._backend, keep, self._buffers)
+            self._coefficients.suspended = True
             self._swaps.put_originals()
         try:
             realised = self._materialised.write(edited, self._coefficients.mixes[0], measure)
@@ -209,6 +213,7 @@ class Alignment(NotPickled):
         self._materialised.undo()
         self._materialised = None
         self._swaps.put_views()
+        self._coefficients.suspended = False
 
     def decoder(self, **options: Any) -> Decoder:
         """`alignvec.Decoder` of the model: rows that decode side by side, each under its own mix."""

@@ -69,6 +69,11 @@ def attach(
         ("backend", backend, planner.BACKENDS),
     ):
         planner.check_choice(option, value, allowed)
+    if not isinstance(model, nn.Module) or not isinstance(vectors, Mapping):
+        raise AlignvecError('attach takes a model and a dictionary of vectors by name, as in {"medical": vector}')
+    for name, vector in vectors.items():
+        if not isinstance(vector, AlignmentVector | str | Path):
+            raise AlignvecError(f"vector {name!r} is a {type(vector).__name__}; give an AlignmentVector or its folder")
     model = unwrapped(model)
     if getattr(model, "alignment", None) is not None:
         raise AlignvecError("vectors are already attached to this model; call model.alignment.detach() first")

@@ -105,6 +105,8 @@ class Coefficients(NotPickled):
         self.names = tuple(names)
         self.max_rows = max_rows
         self.mixes: list[Values] = [(0.0,) * len(self.names)]
+        # Whether the views stand nowhere in the model: what holds one of them all the same gets what the model holds.
+        self.suspended = False
         # Called before rows differ; it raises AlignvecError where the model cannot have these.
         self.before_rows: Callable[[Sequence[Values]], None] | None = None
         self._rows: tuple[Values, ...] = tuple(self.mixes)  # what is staged: one row where all are alike
@@ -198,9 +200,11 @@ class Coefficients(NotPickled):
         Raises:
             AlignvecError: no rows, more than `max_rows`, or rows that differ on a model that cannot have them.
         """
-        if not 1 <= len(mixes) <= self.max_rows:
+        if not mixes:
+            raise AlignvecError("no rows of coefficients were given; give at least one mix")
+        if len(mixes) > self.max_rows:
             raise AlignvecError(
-                f"{len(mixes)} rows of coefficients do not fit a table of 1 to {self.max_rows}; "
+                f"{len(mixes)} rows of coefficients do not fit a table of {self.max_rows}; "
                 f"attach with max_rows={len(mixes)} or more"
             )
         rows = _distinct(mixes)
@@ -270,6 +274,9 @@ class Coefficients(NotPickled):
     def call(self, batch: int | None) -> Iterator[Step]:
         """A step for the call of one edited module outside of any other step."""
         step = self.begin(batch)
+        if self.suspended:
+            self.end(step)
+            step = Step(self, [(0.0,) * len(self.names)], batch)
         self.thread.step = step
         try:
             yield step

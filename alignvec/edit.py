@@ -211,7 +211,9 @@ class Edit:
         if torch.compiler.is_compiling():
             self._publish_traced()
             if coefficients.thread.traced_row is None and coefficients.rows > 1:
-                self.refuse_reader(name)
+                if not apart:
+                    self.refuse_reader(name)
+                return torch.full_like(parameter, float("nan"))  # of use for its dtype and shape alone
             exact = self._mixed(parameter, name, 1, *coefficients.traced(self.device))[0]
             return exact if self.widens else exact.to(parameter.dtype)
         step = coefficients.step
@@ -233,8 +235,7 @@ class Edit:
 
     def takes_rows(self, step: Step, x: Tensor) -> bool:
         """Whether x lies in the order of the batch, as much of it for every sequence."""
-        batch = step.batch or step.rows
-        return self.order is not None and self.order.batch_major and x.shape[0] % batch == 0
+        return self.order is not None and self.order.batch_major and _divides(x, step.batch or step.rows)
 
     def refuse_reader(self, name: str) -> NoReturn:
         raise RowsError(
@@ -257,6 +258,10 @@ class Edit:
 
         x whose leading size is 1 belongs to all sequences (positions, say): where their mixes differ it is repeated.
         """
+        if isinstance(x, Unformed):
+            x = x.form()
+        if isinstance(x, Mix):
+            x = x.as_subclass(Tensor)
         if x.is_floating_point():
             self._follow(x)
         if torch.compiler.is_compiling():
@@ -270,14 +275,15 @@ class Edit:
             return x, *step.on(self.device)
         if step.alike(self.vectors):
             return x, *step.row(0).on(self.device)
-        if self.order is None or not (self.order.batch_major or self.order.shared):
-            self.refuse_rows()
-        if self.order.shared:
-            return None
+        if not step.alone:
+            if self.order is None or not (self.order.batch_major or self.order.shared):
+                self.refuse_rows()
+            if self.order.shared:
+                return None
         batch = step.batch or step.rows
         if x.shape[0] == 1:
             x = x.expand(batch, *x.shape[1:])
-        elif x.shape[0] % batch:
+        elif not _divides(x, batch):
             raise RowsError(
                 f"{self.path} got an input {list(x.shape)} in a batch of {batch} whose rows have different "
                 "coefficients, and needs as much of it for every sequence"
@@ -289,7 +295,8 @@ class Edit:
         coefficients = self.coefficients
         step = coefficients.step
         if step is None:
-            with coefficients.call(x.shape[0] if x.dim() else None):
+            with coefficients.call(x.shape[0] if x.dim() else None) as own:
+                own.alone = True
                 return call(x)
         results = []
         for row, part in enumerate(x.parts if isinstance(x, ByRow) else [x] * step.rows):
@@ -303,7 +310,7 @@ class Edit:
         batch = coefficients.thread.traced_batch
         if batch is None and x.shape[0] == 1 and coefficients.step is not None:
             batch = coefficients.step.batch
-        if batch is not None and x.shape[0] != batch:
+        if batch is not None and coefficients.thread.traced_row is None and x.shape[0] != batch:
             if x.shape[0] == 1 and (not x.is_floating_point() or coefficients.rows > 1):
                 x = x.expand(batch, *x.shape[1:])
             elif coefficients.rows > 1 and x.shape[0] % batch:
@@ -332,6 +339,12 @@ class Edit:
     def _mixed(self, parameter: Tensor, name: str, batch: int, table: Tensor, rows: Tensor) -> Tensor:
         deltas = self.deltas[name]
         return ops.mix(parameter, deltas.specs, deltas.parts, self.columns, table, rows, batch)
+
+
+def _divides(x: Tensor, batch: int) -> bool:
+    """Whether x has as much for each sequence: [batch, ...], flattened, or [samples, choices, ...] of batch choices."""
+    tokens = x.numel() // x.shape[-1] if x.is_floating_point() else x.numel()
+    return x.shape[0] % batch == 0 or (batch % x.shape[0] == 0 and tokens % batch == 0)
 
 
 def publish_traced(coefficients: Coefficients) -> None:

@@ -42,9 +42,9 @@ class Mix(Tensor):
     @staticmethod
     def of(exact: Tensor, dtype: torch.dtype) -> Tensor:
         """exact: float32 values. A plain tensor where the dtype holds them as they are."""
-        if dtype == exact.dtype:
-            return exact
-        made: Mix = torch.Tensor._make_subclass(Mix, exact.detach().to(dtype))
+        if dtype in (exact.dtype, torch.float64):
+            return exact.to(dtype)
+        made: Mix = exact.to(dtype).as_subclass(Mix)  # with the gradient, for kernels that take the memory
         made.exact = exact
         return made
 
@@ -54,6 +54,8 @@ class Mix(Tensor):
         if func in _METADATA:
             return super().__torch_function__(func, types, args, kwargs)
         name = getattr(func, "__name__", "")
+        if name == "detach":
+            _refuse_reentrant(args[0].exact)
         if name.endswith("_") and not name.endswith("__"):
             if isinstance(args[0], Mix):
                 _refuse_write(name)
@@ -150,6 +152,8 @@ class ByRow(Tensor):
         name = getattr(func, "__name__", "")
         args, kwargs = tree_map_only(Unformed, lambda unformed: unformed.form(), (args, kwargs))
         own = next(item for item in tree_flatten((args, kwargs))[0] if isinstance(item, ByRow))
+        if name == "detach":
+            _refuse_reentrant(*own.parts)
         in_place = name.endswith("_") and not name.endswith("__")
         if in_place and isinstance(args[0], ByRow):
             _refuse_write(name)
@@ -238,6 +242,16 @@ def _widened(tensor: Tensor) -> Tensor:
     if isinstance(tensor, Mix):
         return tensor.exact
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+def _refuse_reentrant(*values: Tensor) -> None:
+    """torch.utils.checkpoint, reentrant, goes on from copies of a layer's arguments: no gradient comes back to values
+    that stand beside a tensor."""
+    if torch._C._current_graph_task_id() != -1 and any(value.requires_grad for value in values):
+        raise AlignvecError(
+            "a layer that is computed again in the backward pass was given a parameter that vectors edit; checkpoint "
+            "with use_reentrant=False"
+        )
 
 
 def _refuse_write(name: str) -> NoReturn:

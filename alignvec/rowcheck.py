@@ -163,7 +163,7 @@ class RowCheck:
             mask[row, :pads] = 0
         inputs = {"input_ids": ids[:, :TOKENS], "attention_mask": mask}
         if getattr(config, "is_encoder_decoder", False):
-            inputs["decoder_input_ids"] = ids[:, TOKENS:-1]
+            inputs["decoder_input_ids"] = ids[:, TOKENS:]
         accepted = inspect.signature(type(self.model).forward).parameters
         named = {name: value for name, value in inputs.items() if name in accepted}
         if "use_cache" in accepted:

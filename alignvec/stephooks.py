@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import sys
 from functools import partial
 from types import FrameType
@@ -136,8 +137,13 @@ def _backward(coefficients: Coefficients, step: Any, _: Tensor) -> None:
 
 
 def _batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """Sequences of a call: the leading size of the first of its inputs."""
-    named = (kwargs.get(name) for name in _INPUTS)
+    """Sequences of a call, by the first of its inputs: of ids [batch, choices, tokens] one for each choice."""
+    named = [kwargs.get(name) for name in _INPUTS]
     values = [*named, *args, *kwargs.values()]
-    first = next((value for value in values if isinstance(value, Tensor) and value.dim()), None)
-    return None if first is None else first.shape[0]
+    tensors = [value for value in values if isinstance(value, Tensor) and value.dim()]
+    if not tensors:
+        return None
+    first = tensors[0]
+    if not first.is_floating_point():
+        return math.prod(first.shape[:-1]) if first.dim() > 1 else first.shape[0]
+    return math.prod(first.shape[:-2]) if first.dim() > 3 and first is kwargs.get("inputs_embeds") else first.shape[0]

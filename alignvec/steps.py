@@ -49,6 +49,7 @@ class Step:
         self.given: dict[int, dict[str, Tensor]] = {}
         self.calls: list[Any] | None = None
         self.depth = 0
+        self.alone = False  # whether it is the call of one module, whose inputs are the batch
         self.opener: nn.Module | None = None
         self._frame: FrameType | None = None
         self._live = tuple(live)

@@ -68,12 +68,13 @@ def test_using_restores_rows_also_after_an_error(alignment: alignvec.Alignment, 
         (lambda a: a.set(a=float("nan")), "must be finite"),
         (lambda a: a.set(a=float("inf")), "must be finite"),
         (lambda a: a.set(a="much"), "must be a number"),
-        (lambda a: a.set_rows([]), "0 rows"),
+        (lambda a: a.set_rows([]), "at least one mix"),
+        (lambda a: a.set_rows({"a": 1.0}), "list with one mix for each row"),
         (lambda a: a.set_rows([{}] * 9), "max_rows=9"),
         (lambda a: a.set_rows([{"a": 1.0}, {"x": 1.0}]), "no vector named 'x'"),
         (lambda a: a.restore(), "nothing is materialised"),
     ],
-    ids=["unknown", "nan", "inf", "text", "no-rows", "too-many-rows", "unknown-in-row", "restore"],
+    ids=["unknown", "nan", "inf", "text", "no-rows", "no-list", "too-many-rows", "unknown-in-row", "restore"],
 )
 def test_bad_calls_change_nothing(alignment: alignvec.Alignment, model: nn.Module, call, message: str) -> None:  # type: ignore[no-untyped-def]
     alignment.set(a=0.25, b=0.5)

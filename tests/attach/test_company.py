@@ -79,6 +79,22 @@ def test_data_parallel_is_refused() -> None:
         alignvec.attach(nn.DataParallel(model), {"v": vector})
 
 
+@torch.no_grad()
+def test_a_view_that_somebody_holds_gives_what_the_model_holds() -> None:
+    model = built("LlamaConfig")
+    base, aligned, alignment = with_vector(model)
+    held = model.get_input_embeddings()
+    for coefficient, truth in ((1, aligned), (0, base)):
+        alignment.set(v=coefficient)
+        assert error(held(IDS), truth.get_input_embeddings()(IDS)) < 1e-6
+    alignment.materialise(v=1)
+    assert error(held(IDS), aligned.get_input_embeddings()(IDS)) < 1e-6
+    alignment.restore()
+    alignment.set(v=1)
+    alignment.detach()
+    assert error(held(IDS), base.get_input_embeddings()(IDS)) < 1e-6
+
+
 @pytest.mark.parametrize("what", ["embeddings", "head"])
 @torch.no_grad()
 def test_the_vocabulary_is_resized_before_or_after_not_meanwhile(what: str) -> None:

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import alignvec
 from alignvec import AlignvecError
@@ -94,6 +96,79 @@ def test_gradients_reach_what_is_read() -> None:
     wanted = {name: parameter.grad for name, parameter in aligned.named_parameters()}
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-3, atol=1e-6, msg=name)
+
+
+class Scaled(torch.autograd.Function):
+    """As kernels outside of torch are called: with a gradient of their own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x * weight
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return grads[0] * weight, (grads[0] * x).flatten(0, -2).sum(0)
+
+
+class Scaling(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.scale, self.inner = nn.Parameter(torch.randn(size)), nn.Linear(size, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = Scaled.apply(self.inner(x), self.scale)
+        return y
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_gradients_pass_through_functions_of_others(dtype: torch.dtype) -> None:
+    torch.manual_seed(3)
+    model = built("LlamaConfig")
+    model.model.layers[0].mlp = Scaling(32)
+    model = model.to(dtype)
+    _, aligned, alignment = with_vector(model)
+    alignment.set(v=1)
+    for net in (model, aligned):
+        net(IDS).logits.float().square().mean().backward()
+    got, wanted = (net.model.layers[0].mlp.scale.grad for net in (model, aligned))
+    assert error(got, wanted) < (0.05 if dtype == torch.bfloat16 else 1e-3)
+
+
+def test_a_reentrant_checkpoint_of_a_parameter_is_refused() -> None:
+    """Its gradient would be lost."""
+
+    class Given(nn.Module):
+        def __init__(self, size: int) -> None:
+            super().__init__()
+            self.scale, self.inner = nn.Parameter(torch.randn(size)), nn.Linear(size, size)
+
+        def forward(self, x: Tensor) -> Any:
+            return checkpoint(lambda x, scale: self.inner(x) * scale, x, self.scale, use_reentrant=True)
+
+    model = built("LlamaConfig")
+    model.model.layers[0].mlp = Given(32)
+    _, _, alignment = with_vector(model.bfloat16().train())
+    alignment.set(v=1)
+    loss = model(inputs_embeds=torch.randn(2, 3, 32, dtype=torch.bfloat16, requires_grad=True)).logits.float().sum()
+    with pytest.raises(AlignvecError, match="use_reentrant=False"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_parameter_that_goes_through_edited_modules(dtype: torch.dtype) -> None:
+    """Relative positions of DeBERTa are a table that is normed and projected."""
+    auto = transformers.AutoModelForMaskedLM
+    options = dict(relative_attention=True, norm_rel_ebd="layer_norm", pos_att_type=["c2p", "p2c"], type_vocab_size=0)
+    model = built("DebertaV2Config", auto, **options, share_att_key=True, position_buckets=8).to(dtype)
+    base, aligned = model, tuned(model)
+    vector = alignvec.extract(base, aligned)
+    wide = merged(base, {"v": vector}, {"v": 1.0})
+    rounding = error(base(IDS).logits, merged(base, {}, {})(IDS).logits)
+    alignvec.attach(model, {"v": vector}).set(v=1)
+    assert error(model(IDS).logits, wide(IDS).logits) < max(3 * rounding, 1e-5)
 
 
 def test_compiled_readers() -> None:

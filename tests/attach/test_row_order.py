@@ -143,6 +143,43 @@ def test_compiled_rows_of_such_layers_are_right_or_refused(layer: type[nn.Module
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("config", ["GptOssConfig", "Gemma2Config"])
+def test_compiled_rows(config: str) -> None:
+    """Of a model whose parameters are read, and of one that asks for their dtypes alone."""
+    model = built(config, num_local_experts=4, num_experts_per_tok=2) if config == "GptOssConfig" else built(config)
+    base, aligned, alignment = with_vector(model)
+    compiled = torch.compile(model, backend="aot_eager")
+    alignment.set_rows([{"v": 1}, {"v": 0}])
+    with torch.no_grad():
+        truth = torch.stack([aligned(IDS).logits[0], base(IDS).logits[1]])
+        assert error(compiled(IDS, use_cache=False).logits, truth) < 1e-5
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+def test_choices_of_a_sequence_are_of_its_row() -> None:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4)
+    model = transformers.GPT2DoubleHeadsModel(config).eval()
+    base, aligned, alignment = with_vector(model)
+    ids = torch.randint(3, 90, (2, 4, 7), generator=torch.Generator().manual_seed(1))
+    alignment.set_rows([{"v": 1}, {"v": 0}])
+    truth = torch.stack([aligned(ids).logits[0], base(ids).logits[1]])
+    assert error(model(ids).logits, truth) < 1e-5
+
+
+@torch.no_grad()
+def test_a_module_by_itself_takes_rows_of_its_own_inputs() -> None:
+    """T5's shared embedding is none that the model calls."""
+    how = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+    model = built("T5Config", transformers.AutoModelForSeq2SeqLM, **how)
+    base, aligned, alignment = with_vector(model)
+    alignment.set_rows([{"v": 1}, {"v": 0}])
+    embedded = model.get_input_embeddings()(IDS)
+    truth = [net.get_input_embeddings()(IDS)[row] for row, net in enumerate((aligned, base))]
+    assert error(embedded, torch.stack(truth)) < 1e-6
+
+
 @torch.no_grad()
 def test_a_model_that_is_position_first_is_refused_by_name() -> None:
     torch.manual_seed(0)
