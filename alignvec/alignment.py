@@ -125,6 +125,22 @@ class Alignment(NotPickled):
             if self._attached:
                 self._coefficients.write(before)
 
+    @contextlib.contextmanager
+    def step(self, batch: int | None = None) -> Iterator[Alignment]:
+        """One step for the length of a with block, whatever is called or read in it: for code that reads parameters
+        outside of the model's forward (`F.linear(hidden, model.lm_head.weight)` in a chunked loss), which otherwise
+        sees the base.
+
+        Args:
+            batch: sequences that the calls in it are of; needed where rows have different mixes.
+
+        Raises:
+            AlignvecError: detached, a mix is materialised, or a batch that the rows do not divide.
+        """
+        self._check_live()
+        with self._coefficients.call(batch):
+            yield self
+
     def detach(self) -> None:
         """Put the original modules back: the model is bit for bit what it was before `attach`.
 
@@ -213,6 +229,8 @@ class Alignment(NotPickled):
         self._materialised.undo()
         self._materialised = None
         self._swaps.put_views()
+        for swap in self._swaps:
+            swap.aligned.edit.settle(swap.aligned)
         self._coefficients.suspended = False
 
     def decoder(self, **options: Any) -> Decoder:

@@ -160,6 +160,11 @@ class _Walk:
                 f"{path} has a forward that was put on the object (a patched kernel?), which would go past the "
                 "vectors; attach to the model as it was loaded"
             )
+        if hasattr(module, "parametrizations"):
+            raise AlignvecError(
+                f"{path} has a parametrization, which computes its weight from others; remove it with "
+                "torch.nn.utils.parametrize.remove_parametrizations before attaching"
+            )
         made = {name: self._deltas(module, name, full, columns, device) for name, full in edited.items()}
         return Edit(self.coefficients, columns, made, self.choices, device, path)
 

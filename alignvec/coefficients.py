@@ -6,6 +6,7 @@ import contextlib
 import copy
 import math
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -124,9 +125,12 @@ class Coefficients(NotPickled):
         """State of threads, which a copy begins without."""
         self.thread = _Thread()
         self._reading = 0  # open steps that read the live tables
+        self.lost: deque[bool] = deque()  # of threads that ended in the middle of one; appended to without the lock
         self._backward: dict[int, list[Step]] = {}  # steps whose gradients are being computed, by autograd's graph task
 
-    def __deepcopy__(self, memo: dict[int, Any], leave_out: Sequence[str] = ("thread", "_backward")) -> Coefficients:
+    def __deepcopy__(
+        self, memo: dict[int, Any], leave_out: Sequence[str] = ("thread", "_backward", "lost")
+    ) -> Coefficients:
         twin: Coefficients = super().__deepcopy__(memo, leave_out)
         twin._settle()
         return twin
@@ -236,13 +240,13 @@ class Coefficients(NotPickled):
                 )
             capturing = self.capturing
             current = all(version == self._version for version in self._published.values())
-            live = capturing or current or not self._reading
+            live = capturing or current or not self._busy()
             if live:
-                self._reading += 1
                 for device, table in self._live.items():
                     if _capturing(device) or self._published[device] != self._version:
                         self._staged[device].copy_to(table)
                         self._published[device] = self._version
+                self._reading += 1
             own = torch.is_grad_enabled() and not capturing  # the backward pass may come after other writes
             return Step(self, self._rows, batch, self.devices if live and not own else (), counted=live)
 
@@ -250,6 +254,7 @@ class Coefficients(NotPickled):
         """Let go of the live tables."""
         if self.thread.step is step:
             self.thread.step = None
+        step.closed()
         if step.counted:
             with _steps_ended:
                 step.counted = False
@@ -306,7 +311,7 @@ class Coefficients(NotPickled):
         if self.step is not None:
             raise AlignvecError("a forward pass of this model is under way, inside of which it cannot be decoded")
         with _steps_ended:
-            if not _steps_ended.wait_for(lambda: not self._reading, PATIENCE):
+            if not _steps_ended.wait_for(lambda: not self._busy(), PATIENCE):
                 raise AlignvecError(
                     f"another thread has been inside of a forward pass of this model for {PATIENCE:.0f} seconds; "
                     "let one thread at a time decode"
@@ -351,6 +356,13 @@ class Coefficients(NotPickled):
             )
         return steps[0].again()
 
+    def _busy(self) -> int:
+        """How many steps read the live tables. The lock is held."""
+        while self.lost:
+            self.lost.pop()
+            self._reading -= 1
+        return self._reading
+
     def _prove_rows(self, rows: Sequence[Values]) -> None:
         if self.before_rows is not None:
             self.before_rows(rows)
@@ -359,11 +371,11 @@ class Coefficients(NotPickled):
         self._staged[device].copy_(self._host, len(self._rows))
 
     def traced(self, device: torch.device) -> Place:
-        """The table that a compiled graph reads."""
+        """The table that a compiled graph reads: the live one, or of a step beside others that of the step."""
+        step, row = self.thread.step, self.thread.traced_row
         live = self.live(device)
-        if self.thread.traced_row is None:
-            return live.table, live.rows
-        return live.table[self.thread.traced_row : self.thread.traced_row + 1], self.one(device)
+        table, rows = (live.table, live.rows) if step is None or step.counted else step.places[device]
+        return (table, rows) if row is None else (table[row : row + 1], self.one(device))
 
 
 def _distinct(mixes: Sequence[Values]) -> tuple[Values, ...]:

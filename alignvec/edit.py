@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -14,6 +15,7 @@ from alignvec.errors import AlignvecError, RowsError
 from alignvec.foreign import ByRow, Mix, Unformed
 from alignvec.fused import Fused
 from alignvec.kernels.operands import Operand, decode, dense
+from alignvec.tracing import traced
 
 if TYPE_CHECKING:
     from alignvec.roworder import Order
@@ -40,6 +42,11 @@ class Deltas:
         self.parts = [part for operand in self.operands for part in operand.parts]
         _static(*self.parts, *(() if stack is None else (stack,)))
 
+    @property
+    def lossless(self) -> bool:
+        """Whether some of the deltas are steps on the parameter's bits."""
+        return any(operand.kind == "lossless" for operand in self.operands)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Deltas:
         # Vectors are immutable: copies of a model share them until one of the copies moves.
         twin = Deltas(self.operands, stack=self.stack, transposed=self.transposed)
@@ -60,7 +67,7 @@ class Deltas:
 
     def follow(self, before: Tensor, after: Tensor) -> None:
         """Lossless deltas are steps on a weight's bits: where its dtype changed, they become dense."""
-        if before.dtype != after.dtype and any(operand.kind == "lossless" for operand in self.operands):
+        if before.dtype != after.dtype and self.lossless:
             matrix = self.matrix(before)
             kept = [dense(decode(o, matrix).to(after.device)) if o.kind == "lossless" else o for o in self.operands]
             self._take(kept, None)
@@ -92,6 +99,7 @@ class Edit:
     unplaced: whether a trial of rows did not find that the inputs are in the order of the batch: compiled graphs, which
     cannot take them by row, then refuse rows.
     widens: the module's own forward runs in float32, on parameters in float32.
+    results: dtypes of what that forward gives, by place, once it has been called.
     entered: whether a trace of torch.compile is in that forward.
     """
 
@@ -112,6 +120,8 @@ class Edit:
         self.path = path
         self.fused: Fused | None = None
         self.order: Order | None = None
+        self.results: dict[str, torch.dtype] | None = None
+        self._bits: dict[str, tuple[Tensor, torch.dtype, int]] = {}
         self.rowwise = self.unplaced = self.widens = self.entered = False
         self.move(device)
 
@@ -125,6 +135,31 @@ class Edit:
         for deltas in self.deltas.values():
             deltas.to(device)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Edit:
+        twin = Edit.__new__(Edit)
+        memo[id(self)] = twin
+        twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k != "_bits"})
+        copies = {name: copy.deepcopy(parameter, memo) for name, (parameter, _, _) in self._bits.items()}
+        twin._bits = {name: (own, own.dtype, own._version) for name, own in copies.items()}
+        return twin
+
+    def settle(self, module: nn.Module) -> None:
+        """Note the parameters as they are: lossless deltas are steps on their bits, and hold for no others."""
+        self.results = None
+        self._bits = {
+            name: (parameter, parameter.dtype, parameter._version)
+            for name, deltas in self.deltas.items()
+            if (parameter := module._parameters[name]) is not None and deltas.lossless and not parameter.is_inference()
+        }
+
+    def _require_bits(self, name: str, parameter: Tensor) -> None:
+        noted, dtype, version = self._bits.get(name, (None, None, 0))
+        if noted is parameter and (parameter.dtype, parameter._version) != (dtype, version):
+            raise AlignvecError(
+                f"{self.path}.{name} changed after attach, and its lossless delta is steps on the bits that it had; "
+                "call alignment.detach() and attach again, with vectors of this base or in another format"
+            )
+
     @property
     def backend(self) -> str:
         return self.choices[2]
@@ -136,11 +171,13 @@ class Edit:
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """weight: [out_features, in_features]."""
+        if self._bits:
+            self._require_bits("weight", weight)
         if (place := self._place(x)) is None:
             return self._apart(x, lambda part: self.linear(part, weight, bias))
         x, table, rows = place
         choices = self.choices
-        if choices[0] == "materialise" and (torch.compiler.is_compiling() or not self.coefficients.one_mix):
+        if choices[0] == "materialise" and (traced() or not self.coefficients.one_mix):
             choices = ("combine", *choices[1:])  # one mix for all rows is what the other cannot do without
         deltas = self.deltas.get("weight")
         if deltas is None:  # only the bias is edited
@@ -161,6 +198,8 @@ class Edit:
 
     def embedding(self, ids: Tensor, weight: Tensor) -> Tensor:
         self._follow(weight)
+        if self._bits:
+            self._require_bits("weight", weight)
         if (place := self._place(ids)) is None:
             return self._apart(ids, lambda part: self.embedding(part, weight))
         ids, table, rows = place
@@ -208,7 +247,7 @@ class Edit:
         assert parameter is not None
         self._follow(parameter)
         coefficients = self.coefficients
-        if torch.compiler.is_compiling():
+        if traced():
             self._publish_traced()
             if coefficients.thread.traced_row is None and coefficients.rows > 1:
                 if not apart:
@@ -264,7 +303,7 @@ class Edit:
             x = x.as_subclass(Tensor)
         if x.is_floating_point():
             self._follow(x)
-        if torch.compiler.is_compiling():
+        if traced():
             return self._traced_place(x)
         step = self.coefficients.thread.step
         if step is None or isinstance(x, ByRow):
@@ -337,6 +376,8 @@ class Edit:
         return self._mixed(parameter, name, 1, *step.on(self.device))[0]
 
     def _mixed(self, parameter: Tensor, name: str, batch: int, table: Tensor, rows: Tensor) -> Tensor:
+        if self._bits and not traced():
+            self._require_bits(name, parameter)
         deltas = self.deltas[name]
         return ops.mix(parameter, deltas.specs, deltas.parts, self.columns, table, rows, batch)
 

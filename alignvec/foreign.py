@@ -31,7 +31,8 @@ _METHODS = (
     *("nelement", "numel", "size", "storage_offset", "stride", "__len__", "__hash__"),
 )
 _METADATA = {getattr(Tensor, name) for name in _METHODS} | {getattr(Tensor, name).__get__ for name in _PROPERTIES}
-_CASTS = ("float", "double", "to", "type")
+_CASTS = ("float", "double", "to", "type", "type_as", "bfloat16", "half")
+_MEMORY = ("data_ptr", "untyped_storage", "storage", "numpy", "clone", "__dlpack__", "__dlpack_device__", "__array__")
 
 
 class Mix(Tensor):
@@ -56,18 +57,21 @@ class Mix(Tensor):
         name = getattr(func, "__name__", "")
         if name == "detach":
             _refuse_reentrant(args[0].exact)
-        if name.endswith("_") and not name.endswith("__"):
-            if isinstance(args[0], Mix):
+        if _writes(name, args, kwargs):  # to a tensor of the caller's, in its dtype
+            if any(isinstance(target, Mix) for target in (*args[:1], kwargs.get("out"))):
                 _refuse_write(name)
-            with torch._C.DisableTorchFunctionSubclass():  # it writes to a tensor of the caller's, in its dtype
-                return func(*args, **kwargs)
+            return _as_rounded(func, args, kwargs)
+        if name in _MEMORY or name.endswith("_like") or name.startswith("new_"):
+            return _as_rounded(func, args, kwargs)
+        if name in _CASTS:
+            return _cast(func, args, kwargs)
         tensors = [item for item in tree_flatten((args, kwargs))[0] if isinstance(item, Tensor)]
         narrow = _result_dtype(tensors)
         own = all(isinstance(item, Mix) for item in tensors)
         args, kwargs = tree_map_only(Tensor, _widened, (args, kwargs))
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
-        if name in _CASTS or "dtype" in kwargs or narrow == torch.float32:
+        if "dtype" in kwargs or narrow == torch.float32:
             return result
 
         def narrowed(value: Tensor) -> Tensor:
@@ -76,6 +80,27 @@ class Mix(Tensor):
             return Mix.of(value, narrow) if own else value.to(narrow)  # of a mix alone: still a mix
 
         return tree_map_only(Tensor, narrowed, result)
+
+
+def _writes(name: str, args: Any, kwargs: Any) -> bool:
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or kwargs.get("out") is not None
+
+
+def _as_rounded(func: Any, args: Any, kwargs: Any) -> Any:
+    with torch._C.DisableTorchFunctionSubclass():
+        plain = tree_map_only(Mix, lambda mix: mix.as_subclass(Tensor), (args, kwargs))
+        return func(*plain[0], **plain[1])
+
+
+def _cast(func: Any, args: Any, kwargs: Any) -> Any:
+    """A mix in another dtype has its exact values there; on another device it stays a mix."""
+    rounded = _as_rounded(func, args, kwargs)
+    if not isinstance(args[0], Mix) or not isinstance(rounded, Tensor):
+        return rounded
+    exact = args[0].exact.to(rounded.device)
+    if rounded.dtype == args[0].dtype:
+        return Mix.of(exact, rounded.dtype)
+    return exact.to(rounded.dtype, copy=True)
 
 
 class Unformed(Tensor):
@@ -106,7 +131,7 @@ class Unformed(Tensor):
         if func in _METADATA:
             return super().__torch_function__(func, types, args, kwargs)
         name = getattr(func, "__name__", "")
-        if name.endswith("_") and not name.endswith("__") and isinstance(args[0], Unformed):
+        if _writes(name, args, kwargs) and isinstance(args[0], Unformed):
             _refuse_write(name)
         args, kwargs = tree_map_only(Unformed, lambda unformed: unformed.form(), (args, kwargs))
         return func(*args, **kwargs)
@@ -154,7 +179,7 @@ class ByRow(Tensor):
         own = next(item for item in tree_flatten((args, kwargs))[0] if isinstance(item, ByRow))
         if name == "detach":
             _refuse_reentrant(*own.parts)
-        in_place = name.endswith("_") and not name.endswith("__")
+        in_place = _writes(name, args, {})
         if in_place and isinstance(args[0], ByRow):
             _refuse_write(name)
         args, spread = _spread(own, name, args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -27,6 +28,7 @@ class Materialised:
     def __init__(self, backend: str, keep: str, buffers: Buffers) -> None:
         self.backend, self.keep, self.buffers = backend, keep, buffers
         self.bases: dict[nn.Parameter, tuple[Tensor, Deltas]] = {}
+        self._versions: dict[nn.Parameter, int] = {}
 
     def write(self, edited: Sequence[Edited], mix: tuple[float, ...], measure: bool = True) -> list[float]:
         """Write `mix` over what the parameters hold; the realised coefficients by column, where they are measured."""
@@ -47,12 +49,17 @@ class Materialised:
             matrix, mixed = deltas.matrix(base), deltas.matrix(out)
             ops.materialise(matrix, deltas.specs, deltas.parts, columns, *tables[device], mixed, self.backend)
             parameter.data = out
+            self._versions[parameter] = parameter._version
             if measure:
                 _sample(realised, matrix, mixed, deltas, columns, step)
         return realised.solve(mix) if measure else []
 
     def undo(self) -> None:
         """Give every parameter its base again, bit for bit."""
+        if any(parameter._version != version for parameter, version in self._versions.items()):
+            warnings.warn(
+                "weights were changed while they held a mix: restoring the base takes that away", stacklevel=3
+            )
         for parameter, (base, deltas) in self.bases.items():
             if (base.device, base.dtype) == (parameter.device, parameter.dtype):
                 parameter.data = base

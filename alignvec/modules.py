@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from alignvec.edit import Edit
 from alignvec.pickling import NotPickled
 from alignvec.roworder import forward_by_row
+from alignvec.tracing import traced
 
 
 class Aligned(NotPickled, nn.Module):
@@ -45,6 +46,7 @@ class Aligned(NotPickled, nn.Module):
         super()._apply(fn, recurse)
         for name, deltas in self.edit.deltas.items():
             deltas.follow(before[name], self._parameters[name])  # type: ignore[arg-type]
+        self.edit.settle(self)
         device = next((p.device for p in self._parameters.values() if p is not None), self.edit.device)
         if device != self.edit.device and device.type != "meta":
             self.edit.move(device)
@@ -58,7 +60,7 @@ class AlignedLinear(Aligned, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         fused = self.edit.fused
-        if fused is not None and not torch.compiler.is_compiling():
+        if fused is not None and not traced():
             y = fused.take(self, input)
             if y is not None:
                 return y
@@ -222,6 +224,7 @@ def view(module: nn.Module, edit: Edit) -> Aligned:
         assert form is not None
         aligned.form = form
     carry_hook(module, aligned)
+    edit.settle(aligned)
     return aligned
 
 
@@ -263,7 +266,7 @@ def _in_step(method: Any) -> Any:
     @functools.wraps(method)
     def run(self: Aligned, *args: Any, **kwargs: Any) -> Any:
         coefficients = self.edit.coefficients
-        if torch.compiler.is_compiling() or coefficients.step is not None:
+        if traced() or coefficients.step is not None:
             return method(self, *args, **kwargs)
         with coefficients.call(None):
             return method(self, *args, **kwargs)

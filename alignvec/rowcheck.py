@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -54,7 +55,7 @@ class RowCheck:
         Raises:
             AlignvecError: the model cannot be tried, or its rows do not come out as each does alone.
         """
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             inputs = self._inputs()
             zero: Values = (0.0,) * len(self.coefficients.names)
             together, calls = self._forward(inputs, [zero])
@@ -227,7 +228,7 @@ class RowCheck:
 
 def _distrust(edits: Sequence[Edit]) -> None:
     """Modules that stand side by side in a list (experts) and are not all called alike get tokens that the data choose,
-    also where these came as many of either row by chance."""
+    also where these came as many of either row by chance. So does one of a list that was not given all tokens."""
     beside: dict[str, list[Edit]] = defaultdict(list)
     for edit in edits:
         head, number, tail = _last_number(edit.path)
@@ -236,15 +237,22 @@ def _distrust(edits: Sequence[Edit]) -> None:
     for group in beside.values():
         called = [edit for edit in group if edit.order is not None]
         sizes = {tuple(sorted((edit.order.tensors if edit.order else {}).items())) for edit in group}
-        if called and len(sizes) > 1:
+        if called and (len(sizes) > 1 or not all(edit.order and edit.order.whole for edit in called)):
             for edit in called:
-                edit.order = Order(False, tensors=edit.order.tensors if edit.order else {})
+                if edit.order is not None and edit.order.batch_major:
+                    edit.order = Order(False, tensors=edit.order.tensors)
 
 
 def _last_number(path: str) -> tuple[str, str, str]:
     parts = path.split(".")
-    at = max((i for i, part in enumerate(parts) if part.isdigit()), default=-1)
+    at = max((i for i, part in enumerate(parts) if part[-1:].isdigit()), default=-1)
     return (".".join(parts[:at]), parts[at], ".".join(parts[at + 1 :])) if at >= 0 else (path, "", "")
+
+
+def _all_tokens(alone: Tensor) -> bool:
+    """Whether a row's input has all of its tokens, or several of each: [1, tokens, ...] or flattened."""
+    positions = alone.shape[:-1] if alone.is_floating_point() else alone.shape
+    return math.prod(positions) % TOKENS == 0
 
 
 def _shared(edit: Edit) -> bool:
@@ -274,7 +282,9 @@ def _order(together: list[dict[str, Tensor]] | None, alone: Sequence[list[dict[s
     if any(own is None or len(own) != len(together) for own in alone):
         return Order(False)
     found: dict[str, tuple[str, int]] = {}
+    whole = True
     for number, call in enumerate(together):
+        whole = whole and any(map(_all_tokens, alone[0][number].values())) if alone[0] else whole
         for place, tensor in call.items():
             parts = [own[number].get(place) for own in alone if own is not None]
             kind = _kind(tensor, [part for part in parts if part is not None])
@@ -286,7 +296,7 @@ def _order(together: list[dict[str, Tensor]] | None, alone: Sequence[list[dict[s
     kinds = {kind for kind, _ in found.values()}
     once = bool(found) and all(leading == 1 for kind, leading in found.values() if kind == SHARED)
     by_sequence = BATCH in kinds or (kinds == {SHARED} and once)
-    return Order(OTHER not in kinds and by_sequence, kinds <= {SHARED} and not once, found)
+    return Order(OTHER not in kinds and by_sequence, kinds <= {SHARED} and not once, whole or once, found)
 
 
 def _kind(together: Tensor, alone: list[Tensor]) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from alignvec.errors import RowsError
 from alignvec.foreign import ByRow, together
+from alignvec.tracing import traced
 
 if TYPE_CHECKING:
     from alignvec.edit import Edit
@@ -29,12 +30,13 @@ class Order:
     """How the inputs of a module lie in a batch.
 
     batch_major: sequence after sequence, as much of each; or, with a leading size of 1, the same for all sequences.
-    shared: the same for all sequences, without a dimension for them.
+    shared: the same for all sequences, without a dimension for them. whole: every call had all of a row's tokens.
     tensors: BATCH, SHARED or OTHER for each tensor among the arguments, and its leading size when it was tried.
     """
 
     batch_major: bool
     shared: bool = False
+    whole: bool = True
     tensors: Mapping[str, tuple[str, int]] = field(default_factory=dict)
 
 
@@ -70,7 +72,7 @@ def forward_by_row(view: Aligned, args: tuple[Any, ...], kwargs: dict[str, Any])
     """
     edit = view.edit
     coefficients = edit.coefficients
-    if torch.compiler.is_compiling():
+    if traced():
         return _traced(view, args, kwargs)
     step = coefficients.step
     if step is None:
@@ -98,6 +100,8 @@ def forward_by_row(view: Aligned, args: tuple[Any, ...], kwargs: dict[str, Any])
 def _forward(view: Aligned, step: Step, args: Any, kwargs: Any) -> Any:
     """Under one mix. A module without further parameters below it runs in float32, so that its mix is not rounded."""
     edit = view.edit
+    if edit.widens and edit.results is None:
+        edit.results = _result_dtypes(view, step, args, kwargs)
     step.given[id(view)] = edit.mixed(view, step) if edit.widens else {}
     kept = _kept(view) if step.calls is not None else {}
     try:
@@ -105,11 +109,26 @@ def _forward(view: Aligned, step: Step, args: Any, kwargs: Any) -> Any:
             return view.original.forward(view, *args, **kwargs)
         dtype = _dtype(view, args, kwargs)
         args, kwargs = mapped((args, kwargs), _widened)
-        return _narrowed(view.original.forward(view, *args, **kwargs), dtype)
+        return _narrowed(view.original.forward(view, *args, **kwargs), edit.results or {}, dtype)
     finally:
         del step.given[id(view)]
         if step.calls is not None and _kept(view) != kept:
             edit.widens = False  # it keeps a state, of the whole batch and in the model's dtype
+
+
+def _result_dtypes(view: Aligned, step: Step, args: Any, kwargs: Any) -> dict[str, torch.dtype]:
+    """The dtypes that the module itself gives of these inputs, by place; routers, say, give float32 in every model."""
+    dtype = _dtype(view, args, kwargs)
+    if dtype == torch.float32:
+        return {}
+    kept = dict(view.__dict__)
+    step.given[id(view)] = {name: own for name, own in view._parameters.items() if own is not None}
+    try:
+        with torch.no_grad():
+            return {place: t.dtype for place, t in named_tensors(view.original.forward(view, *args, **kwargs)).items()}
+    finally:
+        del step.given[id(view)]
+        view.__dict__.update(kept)
 
 
 def _kept(view: Aligned) -> dict[str, int]:
@@ -135,7 +154,7 @@ def _traced(view: Aligned, args: Any, kwargs: Any) -> Any:
         if edit.widens:
             own_args, own_kwargs = mapped((own_args, own_kwargs), _widened)
         result = view.original.forward(view, *own_args, **own_kwargs)
-        parts.append(_narrowed(result, dtype) if edit.widens else result)
+        parts.append(_narrowed(result, edit.results or {}, dtype) if edit.widens else result)
     edit.entered = False
     if not alone:
         coefficients.thread.traced_row = None
@@ -205,9 +224,10 @@ def _widened(_: str, item: Any) -> Any:
     return item.float() if isinstance(item, Tensor) and item.is_floating_point() else item
 
 
-def _narrowed(value: Any, dtype: torch.dtype) -> Any:
-    def narrow(_: str, item: Any) -> Any:
-        return item.to(dtype) if isinstance(item, Tensor) and item.is_floating_point() else item
+def _narrowed(value: Any, dtypes: Mapping[str, torch.dtype], default: torch.dtype) -> Any:
+    def narrow(place: str, item: Any) -> Any:
+        floating = isinstance(item, Tensor) and item.is_floating_point()
+        return item.to(dtypes.get(place, default)) if floating else item
 
     return mapped(value, narrow)
 

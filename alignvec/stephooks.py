@@ -18,6 +18,7 @@ from alignvec.errors import AlignvecError
 from alignvec.modules import Aligned
 from alignvec.roworder import named_tensors
 from alignvec.swaps import Swaps
+from alignvec.tracing import traced
 
 _INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 
@@ -28,8 +29,8 @@ def _settle_with_compile() -> None:
     they are a part of what is compiled. On first use: torch._dynamo imports triton."""
     from torch._dynamo.eval_frame import skip_code
 
-    for name in ("_open", "_close"):
-        skip_code(getattr(StepHooks, name).__code__)
+    for function in (StepHooks._open, StepHooks._close, traced):
+        skip_code(function.__code__)
     for name in ("_enter", "_leave"):
         setattr(StepHooks, name, torch.compiler.disable(getattr(StepHooks, name)))
 
@@ -68,7 +69,7 @@ class StepHooks:
         coefficients = self._coefficients
         if not self._swaps.standing:  # a mix is materialised
             return
-        if torch.compiler.is_compiling():
+        if traced():
             if coefficients.thread.traced_depth == 0:
                 if coefficients.step is None:
                     publish_traced(coefficients)
@@ -80,10 +81,7 @@ class StepHooks:
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         coefficients = self._coefficients
         step = coefficients.step
-        if step is not None and step.opener is module:
-            if not step.abandoned():
-                step.depth += 1
-                return
+        if step is not None and step.abandoned():
             coefficients.end(step)
             step = None
         if step is None:
@@ -91,10 +89,15 @@ class StepHooks:
             step = coefficients.begin(_batch(args, kwargs))
             step.opened_by(module, _caller())
             coefficients.enter(step)
+            if not step.counted:
+                for device in coefficients.devices:  # for graphs that were compiled of parts
+                    step.on(device)
+        elif step.opener is module:
+            step.depth += 1
 
     def _close(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         coefficients = self._coefficients
-        if torch.compiler.is_compiling():
+        if traced():
             if self._swaps.standing:
                 coefficients.thread.traced_depth -= 1
                 if coefficients.thread.traced_depth == 0:

@@ -53,7 +53,7 @@ class Step:
         self.opener: nn.Module | None = None
         self._frame: FrameType | None = None
         self._live = tuple(live)
-        self._places: dict[torch.device, Place] = {}
+        self.places: dict[torch.device, Place] = {}
         self._values: dict[tuple[int, str], Tensor] = {}
         self._parent: tuple[Step, int] | None = None
         self._alone: dict[int, Step] = {}
@@ -61,9 +61,9 @@ class Step:
 
     def on(self, device: torch.device) -> Place:
         """The table that kernels on `device` read in this step."""
-        place = self._places.get(device)
+        place = self.places.get(device)
         if place is None:
-            place = self._places[device] = self._make(device)
+            place = self.places[device] = self._make(device)
         return place
 
     def row(self, number: int) -> Step:
@@ -79,7 +79,7 @@ class Step:
     def again(self) -> Step:
         """The same mixes once more, for a layer that is computed again in the backward pass."""
         twin = Step(self.coefficients, self.mixes, self.batch)
-        twin._places = self._places
+        twin.places = self.places
         return twin
 
     def alike(self, columns: tuple[int, ...]) -> bool:
@@ -100,6 +100,14 @@ class Step:
 
     def opened_by(self, module: nn.Module, frame: FrameType | None) -> None:
         self.opener, self._frame, self.depth = module, frame, 1
+
+    def closed(self) -> None:
+        """Let go of the call that opened the step, whose frame holds its results."""
+        self.opener = self._frame = None
+
+    def __del__(self) -> None:
+        if self.counted:  # its thread has ended in the middle of it
+            self.coefficients.lost.append(True)
 
     def abandoned(self) -> bool:
         """Whether the call that opened the step is over: it was interrupted, and nothing closed the step."""
