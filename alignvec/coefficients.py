@@ -371,10 +371,10 @@ class Coefficients(NotPickled):
         self._staged[device].copy_(self._host, len(self._rows))
 
     def traced(self, device: torch.device) -> Place:
-        """The table that a compiled graph reads: the live one, or of a step beside others that of the step."""
+        """The table that a compiled graph reads: the live one, or that of a step that has one of its own."""
         step, row = self.thread.step, self.thread.traced_row
         live = self.live(device)
-        table, rows = (live.table, live.rows) if step is None or step.counted else step.places[device]
+        table, rows = (live.table, live.rows) if step is None or step.reads_live else step.places[device]
         return (table, rows) if row is None else (table[row : row + 1], self.one(device))
 
 

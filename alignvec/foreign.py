@@ -204,6 +204,8 @@ class ByRow(Tensor):
 
             return of
 
+        if name.endswith("_like") or name.startswith("new_"):  # of its shape and dtype, not of its values
+            return func(own.parts[0], *args[1:], **kwargs) if args[0] is own else func(*args, **kwargs)
         results = []
         for row in range(rows):
             own_args, own_kwargs = tree_map_only(Tensor, share(row), (args, kwargs))

@@ -250,7 +250,9 @@ def _last_number(path: str) -> tuple[str, str, str]:
 
 
 def _all_tokens(alone: Tensor) -> bool:
-    """Whether a row's input has all of its tokens, or several of each: [1, tokens, ...] or flattened."""
+    """Whether a row's input has a dimension for sequences, or, flattened, all tokens or several of each."""
+    if alone.dim() > 2 and alone.shape[0] == 1:
+        return True
     positions = alone.shape[:-1] if alone.is_floating_point() else alone.shape
     return math.prod(positions) % TOKENS == 0
 
@@ -294,8 +296,8 @@ def _order(together: list[dict[str, Tensor]] | None, alone: Sequence[list[dict[s
                 kind = OTHER
             found[place] = (kind, leading)
     kinds = {kind for kind, _ in found.values()}
-    once = bool(found) and all(leading == 1 for kind, leading in found.values() if kind == SHARED)
-    by_sequence = BATCH in kinds or (kinds == {SHARED} and once)
+    once = kinds == {SHARED} and all(leading == 1 for _, leading in found.values())
+    by_sequence = BATCH in kinds or once
     return Order(OTHER not in kinds and by_sequence, kinds <= {SHARED} and not once, whole or once, found)
 
 

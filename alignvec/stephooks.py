@@ -89,7 +89,7 @@ class StepHooks:
             step = coefficients.begin(_batch(args, kwargs))
             step.opened_by(module, _caller())
             coefficients.enter(step)
-            if not step.counted:
+            if not step.reads_live:
                 for device in coefficients.devices:  # for graphs that were compiled of parts
                     step.on(device)
         elif step.opener is module:

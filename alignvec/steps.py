@@ -53,6 +53,7 @@ class Step:
         self.opener: nn.Module | None = None
         self._frame: FrameType | None = None
         self._live = tuple(live)
+        self.reads_live = bool(live)
         self.places: dict[torch.device, Place] = {}
         self._values: dict[tuple[int, str], Tensor] = {}
         self._parent: tuple[Step, int] | None = None

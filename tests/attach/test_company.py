@@ -159,6 +159,26 @@ def test_state_that_a_forward_keeps_moves_with_its_module() -> None:
     assert model.model.layers[0].mlp.calls == 3
 
 
+def test_a_parametrization_is_refused_by_name() -> None:
+    model = built("LlamaConfig")
+    vector = alignvec.extract(model, tuned(model))
+    torch.nn.utils.parametrizations.weight_norm(model.model.layers[0].mlp.up_proj)
+    with pytest.raises(AlignvecError, match=r"model\.layers\.0\.mlp\.up_proj"):
+        alignvec.attach(model, {"v": vector})
+
+
+@torch.no_grad()
+def test_training_a_materialised_mix_is_not_lost_without_a_word() -> None:
+    model = built("LlamaConfig")
+    _, _, alignment = with_vector(model)
+    alignment.materialise(v=1)
+    alignment.restore()
+    alignment.materialise(v=1)
+    model.lm_head.weight.add_(1)
+    with pytest.warns(UserWarning, match="changed while they held a mix"):
+        alignment.restore()
+
+
 def test_a_model_inside_of_an_attached_one_is_refused() -> None:
     model = built("LlamaConfig")
     vector = alignvec.extract(model, tuned(model))

@@ -93,6 +93,25 @@ def test_rows_are_computed_again_as_rows() -> None:
         assert error(got[name], parameter.grad) < 1e-4, name
 
 
+def test_a_compiled_policy_and_its_reference() -> None:
+    model = built("LlamaConfig").train()
+    base, aligned, alignment = with_vector(model)
+    compiled = torch.compile(model, backend="aot_eager")
+
+    def loss() -> Tensor:
+        alignment.set(v=1)
+        policy = compiled(IDS, use_cache=False).logits
+        with torch.no_grad(), alignment.using(v=0):
+            reference = compiled(IDS, use_cache=False).logits
+        return (policy - reference).square().sum()
+
+    got = gradients(model, loss)
+    wanted = gradients(aligned.train(), lambda: (aligned(IDS).logits - base(IDS).logits.detach()).square().sum())
+    for name, truth in wanted.items():
+        assert error(got[name], truth) < 1e-4, name
+    torch._dynamo.reset()
+
+
 def test_results_may_be_written_to() -> None:
     """As torch's own layers allow it: models add to what a layer gave."""
     model = built("LlamaConfig")

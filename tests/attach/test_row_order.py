@@ -180,6 +180,25 @@ def test_a_module_by_itself_takes_rows_of_its_own_inputs() -> None:
     assert error(embedded, torch.stack(truth)) < 1e-6
 
 
+@pytest.mark.parametrize("seed", range(12))
+@torch.no_grad()
+def test_one_expert_alone(seed: int) -> None:
+    """By chance it may be given as many tokens of either row when rows are tried."""
+    torch.manual_seed(seed)
+    model = built("LlamaConfig")
+    torch.manual_seed(seed)
+    model.model.layers[0].mlp = TokenSubsets(4, 32)
+    base, aligned, alignment = with_vector(model, only="experts.0")
+    ids = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(seed))
+    truth = torch.stack([aligned(ids).logits[0], base(ids).logits[1]])
+    try:
+        alignment.set_rows([{"v": 1}, {"v": 0}])
+        got = model(ids).logits
+    except AlignvecError:  # it got no tokens when rows were tried
+        return
+    assert error(got, truth) < 1e-5
+
+
 @torch.no_grad()
 def test_a_model_that_is_position_first_is_refused_by_name() -> None:
     torch.manual_seed(0)

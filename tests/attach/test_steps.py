@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -137,6 +139,102 @@ def test_a_compiled_part_follows_writes(part: str) -> None:
             got, wanted = inner(x), truth.get_submodule(part)(x)
             assert error(got[0] if part == "model" else got, wanted[0] if part == "model" else wanted) < 1e-5
     torch._dynamo.reset()
+
+
+@torch.no_grad()
+def test_another_thread_that_compiles_is_not_noticed() -> None:
+    model = built("LlamaConfig")
+    base, aligned, alignment = with_vector(model)
+    truths = [net(IDS).logits for net in (aligned, base)]
+    stop = threading.Event()
+
+    def compile_other() -> None:
+        while not stop.is_set():
+            torch._dynamo.reset()
+            torch.compile(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh()), backend="aot_eager")(
+                torch.ones(4)
+            )
+
+    thread = threading.Thread(target=compile_other)
+    thread.start()
+    try:
+        for number in range(150):
+            alignment.set(v=(number + 1) % 2)
+            assert error(model(IDS).logits, truths[number % 2]) < 1e-5
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_compiled_steps_of_two_threads_keep_their_mixes() -> None:
+    model = built("LlamaConfig")
+    base, aligned, alignment = with_vector(model)
+    compiled = torch.compile(model, backend="aot_eager")
+    wrong: list[float] = []
+    with torch.no_grad():
+        truths = [net(IDS).logits for net in (aligned, base)]
+        compiled(IDS, use_cache=False)
+
+    def run(coefficient: float) -> None:
+        with torch.no_grad():
+            for _ in range(30):
+                alignment.set(v=coefficient)
+                got = compiled(IDS, use_cache=False).logits
+                wrong.extend([1.0] if all(error(got, truth) > 1e-5 for truth in truths) else [])
+
+    threads = [threading.Thread(target=run, args=(coefficient,)) for coefficient in (0.0, 1.0)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    torch._dynamo.reset()
+
+
+def test_steps_leave_nothing_behind() -> None:
+    model = built("LlamaConfig")
+    _, _, alignment = with_vector(model)
+    alignment.set(v=1)
+    results = []
+    for backward in (True, False):
+        logits = model(IDS).logits
+        if backward:
+            logits.sum().backward()
+        results.append(weakref.ref(logits))
+        del logits
+    gc.collect()
+    assert [ref() for ref in results] == [None, None]
+
+
+@torch.no_grad()
+def test_a_thread_that_ends_in_a_step_lets_go_of_it() -> None:
+    model = built("LlamaConfig")
+    _, aligned, alignment = with_vector(model)
+
+    def fail(*_: Any) -> None:
+        raise SystemExit
+
+    handle = model.model.layers[0].register_forward_pre_hook(fail)
+    thread = threading.Thread(target=lambda: model(IDS))
+    thread.start()
+    thread.join()
+    handle.remove()
+    gc.collect()
+    how = dict(mixes=[{"v": 1}], max_new_tokens=4)
+    got = alignment.decoder(max_length=32).generate(IDS[:1], torch.ones_like(IDS[:1]), **how)
+    assert torch.equal(got, aligned.generate(IDS[:1], max_new_tokens=4, do_sample=False))
+
+
+@torch.no_grad()
+def test_a_step_around_code_that_reads_weights() -> None:
+    """As chunked losses do: the head's weight times what the backbone gives."""
+    model = built("LlamaConfig")
+    base, aligned, alignment = with_vector(model)
+    for coefficient, truth in ((1, aligned), (0, base)):
+        alignment.set(v=coefficient)
+        with alignment.step(batch=2):
+            logits = torch.nn.functional.linear(model.model(IDS)[0], model.lm_head.weight)
+        assert error(logits, truth(IDS).logits) < 1e-5
 
 
 @torch.no_grad()
