@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from alignvec.errors import AlignvecError
 from alignvec.fingerprint import dtype_name, summary
+from alignvec.heads import OF_HEADS, require_known
 from alignvec.unloaded import quantisation
 
 if TYPE_CHECKING:
     from alignvec.names import LiveNames, Places
     from alignvec.vector import AlignmentVector
 
-HEADS = ("lm_head.", "embed_out.")
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LEAVE_OUT = "leave them out of the vector (vector.select)"
 
@@ -50,6 +50,7 @@ def require_fit(model: nn.Module, names: LiveNames, label: str, vector: Alignmen
     for name, live in edited.items():
         _require_shape(label, name, shapes[name], parameters[live])
     _require_untied(label, vector, places, edited)
+    require_known(label, vector.tensors, places.head, kind)
     everything = shapes if vector.base is None else {n: tuple(t.shape) for n, t in vector.base.tensors.items()}
     for group in places.groups:
         own = [name for name in group.names if name in vector]
@@ -109,7 +110,7 @@ def _require_untied(label: str, vector: AlignmentVector, places: Places, edited:
     base = {} if vector.base is None else vector.base.tensors
     held = {live: name for name, live in places.direct.items() if name in base and name not in vector}
     for name, live in edited.items():
-        if live in held and (name.startswith(HEADS) or base[name].checksum != base[held[live]].checksum):
+        if live in held and (name.startswith(OF_HEADS) or base[name].checksum != base[held[live]].checksum):
             raise AlignvecError(
                 f"vector {label!r} edits {name} and not {held[live]}, which the model ties together: attach it to a "
                 "model that keeps the two apart (tie_word_embeddings=False)"

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from alignvec.conversion import Group, Shapes, plan, stored_layout
 from alignvec.errors import AlignvecError
 from alignvec.fingerprint import checksum
-from alignvec.fit import HEADS, require_fit
+from alignvec.fit import require_fit
 from alignvec.formats import Encoded, decode
 from alignvec.formats.lossless import DTYPES
+from alignvec.heads import OF_HEADS, UnnamedHead, unnamed_head
 from alignvec.vector import AlignmentVector
 from alignvec.wrappers import INSIDE, inner_model, live_names, plain_names
 
@@ -41,7 +42,7 @@ class LiveNames(dict[str, str]):
 
 
 def parameter_names(model: nn.Module) -> LiveNames:
-    """Every name that a parameter goes by (tied weights have several) -> the first of them."""
+    """The model's parameters by all of their names."""
     return LiveNames(model)
 
 
@@ -72,6 +73,7 @@ class Places:
     groups: list[Group]  # names that a rule of loading turns into live tensors of another layout
     buffers: dict[str, str]  # name -> the live buffer that it is
     absent: list[str]  # names that the model has nothing for
+    head: UnnamedHead | None = None  # a live head that none of the names is of
 
     @property
     def converted(self) -> dict[str, Group]:
@@ -106,12 +108,22 @@ def locate(model: nn.Module, names: LiveNames, vector: AlignmentVector) -> Place
         for name in [name for group in groups for name in group.names]:
             direct.pop(name, None)
         prefix = getattr(names.root, "base_model_prefix", "")
-        placed = direct.keys() | buffers.keys() | {name for group in groups for name in group.names}
-        buffers |= {n: live for n in stored if n not in placed and (live := _find([names.buffers], prefix, n))}
-        if any(name not in direct and name not in placed for name in vector.names):
+        absent = _unplaced(stored, direct, groups, buffers)
+        buffers |= {name: live for name in absent if (live := _find([names.buffers], prefix, name))}
+        if any(name in vector and name not in buffers for name in absent):
             direct |= _in_language_model(model, names, vector, stored)
-    placed = direct.keys() | buffers.keys() | {name for group in groups for name in group.names}
-    return Places(direct, groups, buffers, [name for name in stored if name not in placed])
+    head = None
+    if vector.base is not None:
+        parameters = dict(model.named_parameters())
+        head = unnamed_head(model, names, stored, direct, lambda name: parameter_value(model, name, parameters[name]))
+    return Places(direct, groups, buffers, _unplaced(stored, direct, groups, buffers), head)
+
+
+def _unplaced(
+    stored: Iterable[str], direct: Mapping[str, str], groups: Iterable[Group], buffers: Mapping[str, str]
+) -> list[str]:
+    converted = {name for group in groups for name in group.names}
+    return [name for name in stored if name not in direct and name not in buffers and name not in converted]
 
 
 def _in_language_model(model: nn.Module, names: LiveNames, vector: AlignmentVector, stored: Shapes) -> dict[str, str]:
@@ -128,11 +140,11 @@ def _in_language_model(model: nn.Module, names: LiveNames, vector: AlignmentVect
     parameters = dict(model.named_parameters())
     head = getattr(root.get_output_embeddings() if hasattr(root, "get_output_embeddings") else None, "weight", None)
     heads = [name for name, parameter in parameters.items() if parameter is head]
-    first = {name.partition(".")[0] for name in stored if not name.startswith(HEADS)}
+    first = {name.partition(".")[0] for name in stored if not name.startswith(OF_HEADS)}
     prefix = f"{first.pop()}." if len(first) == 1 else ""
 
     def place(name: str) -> str | None:
-        if name.startswith(HEADS):
+        if name.startswith(OF_HEADS):
             return heads[0] if heads and name.endswith(".weight") else None
         return names.plain.get(f"{path}.{name.removeprefix(prefix)}")
 
@@ -198,6 +210,8 @@ def live_deltas(
                 "model that keeps the two apart (tie_word_embeddings=False)"
             )
         deltas[live] = functools.partial(read, name, live)
+    if (head := places.head) is not None and head.follows and head.embedding in vector:
+        deltas[head.live] = functools.partial(read, head.embedding, head.live)
     layout = functools.cache(lambda: checkpoint_layout(model, known, vector.names))
     for group in places.groups:
         if not any(name in vector for name in group.names):

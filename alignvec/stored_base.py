@@ -6,7 +6,8 @@ from collections.abc import Collection, Sequence
 
 from alignvec.errors import AlignvecError
 from alignvec.fingerprint import BaseIdentity, Checksum, TensorIdentity, dtype_name, identifying, summary
-from alignvec.pairing import HEADS, tied_to
+from alignvec.heads import own_head
+from alignvec.pairing import EMBEDDINGS, HEADS, tied_to
 from alignvec.sources import Source
 from alignvec.unloaded import Unloaded, quantisation
 from alignvec.vector import AlignmentVector
@@ -23,10 +24,13 @@ def require_base(source: Source, label: str, vector: AlignmentVector, *, values:
     if vector.base is None:
         return
     known = vector.base.tensors
-    heads = [head for head in HEADS if head in source.tensors and head not in known and tied_to(source, head) is None]
+    embedding = next((name for name in known if name.endswith(EMBEDDINGS)), None)
+    for head in HEADS if embedding is not None else ():
+        if head in source.tensors and head not in known and tied_to(source, head) is None:
+            raise own_head(label, source.label, head, embedding or "")
     identities, other = {}, []
     for name, info in source.tensors.items():
-        if info.dtype.is_floating_point and (name in known or name in heads):
+        if info.dtype.is_floating_point and name in known:
             identities[name] = TensorIdentity(info.shape, dtype_name(info.dtype), "")
             if values and name in known and info.shape == known[name].shape:
                 digest = Checksum()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from alignvec.errors import AlignvecError
 from alignvec.fingerprint import TensorIdentity, checksum, identifying, summary
 from alignvec.fit import quantised_as, require_fit
+from alignvec.heads import own_head
 from alignvec.names import LiveNames, Places, checkpoint_layout, locate, parameter_value
 from alignvec.unloaded import quantisation
 from alignvec.vector import AlignmentVector
@@ -119,6 +120,8 @@ def _compare(
             f"vector {label!r} was extracted from a different base: {len(wrong)} of {len(base)} tensors differ "
             f"({summary(wrong, separator=', ')}); {_remedy(live.model)}"
         )
+    if (head := places.head) is not None and not head.bare and not head.follows:
+        raise own_head(label, type(root).__name__, head.live, head.embedding)
     sizes = {} if not absent or vector.base is None else vector.base.config
     here = identifying(getattr(root, "config", None)) if sizes else {}
     for key in sizes.keys() & here.keys() - {"model_type"}:
