@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alignvec.base_bits import has_base_bits, unrecorded
 from alignvec.conversion import Group, Shapes, plan, stored_layout
 from alignvec.errors import AlignvecError
-from alignvec.fingerprint import checksum
 from alignvec.fit import require_fit
 from alignvec.formats import Encoded, decode
 from alignvec.formats.lossless import DTYPES
@@ -199,7 +199,7 @@ def live_deltas(
 
     def read(name: str, live: str) -> Encoded:
         value = functools.partial(parameter_value, model, live, parameters[live])
-        return _read(vector, name, value, transfer)
+        return _read(label, vector, name, value, transfer)
 
     deltas: dict[str, Delta] = {}
     for name in (name for name in vector.names if name in places.direct):
@@ -217,31 +217,50 @@ def live_deltas(
         if not any(name in vector for name in group.names):
             continue
         for plain in group.shapes(known_shapes(vector), known.root):
-            deltas[known.plain[plain]] = functools.partial(_converted, group, plain, known.root, vector, layout)
+            stored = functools.partial(_stored_delta, label, vector, layout, transfer)
+            deltas[known.plain[plain]] = functools.partial(_converted, group, plain, known.root, vector, stored)
     return deltas
 
 
-def _read(vector: AlignmentVector, name: str, value: Callable[[], Tensor], transfer: bool) -> Encoded:
+def _read(label: str, vector: AlignmentVector, name: str, value: Callable[[], Tensor], transfer: bool) -> Encoded:
     encoded = vector.encoded(name)
     if encoded.name != "lossless":
         return encoded
     current = value()
-    trusted = not transfer and current.dtype == DTYPES[str(encoded.options["dtype"])]
-    if trusted or _is_base(vector, name, current):
+    unnamed = vector.base is None and not transfer and current.dtype == DTYPES[str(encoded.options["dtype"])]
+    if unnamed or has_base_bits(vector, name, current):
         return encoded
+    _require_bound(label, vector, name, transfer)
     return Encoded("dense", encoded.shape, {}, {"": vector[name]})
 
 
-def _is_base(vector: AlignmentVector, name: str, value: Tensor | None) -> bool:
-    return value is not None and vector.base is not None and checksum(value) == vector.base.tensors[name].checksum
+def _require_bound(label: str, vector: AlignmentVector, name: str, transfer: bool) -> None:
+    """AlignvecError for a lossless delta that the model does not have the base's bits of, and the vector neither."""
+    if not vector.needs_base:
+        return
+    dtype = vector.format_of(name).options["dtype"]
+    if unrecorded(vector, name):
+        raise AlignvecError(
+            f"vector {label!r} does not record the bits of its base's values ({name}) that its lossless steps are "
+            "from: extract it anew, or give vector.with_base(base, verify=False)"
+        )
+    if transfer:
+        raise AlignvecError(
+            f"vector {label!r} is lossless, steps from the values of its own base, which the model does not have "
+            f"({name}): give vector.with_base(base), or convert it to another format with its base"
+        )
+    raise AlignvecError(
+        f"vector {label!r} is lossless in {dtype} and the model holds its base's values rounded ({name}): load it as "
+        f"{dtype} (--dtype {dtype}), or give vector.with_base(base)"
+    )
 
 
 def _converted(
-    group: Group, live: str, root: nn.Module, vector: AlignmentVector, layout: Callable[[], Mapping[str, Tensor]]
+    group: Group, live: str, root: nn.Module, vector: AlignmentVector, read: Callable[[str], Tensor]
 ) -> Encoded:
     """The delta of a live parameter that a rule of loading makes of several stored ones; those unedited are zero."""
     shapes = known_shapes(vector)
-    edited = {name: _stored_delta(vector, name, layout) for name in group.names if name in vector}
+    edited = {name: read(name) for name in group.names if name in vector}
     dtype = functools.reduce(torch.promote_types, (delta.dtype for delta in edited.values()))
     zero = torch.zeros((), dtype=dtype)
 
@@ -253,10 +272,15 @@ def _converted(
     return Encoded("dense", tuple(values.shape), {}, {"": values.detach().contiguous()})
 
 
-def _stored_delta(vector: AlignmentVector, name: str, layout: Callable[[], Mapping[str, Tensor]]) -> Tensor:
+def _stored_delta(
+    label: str, vector: AlignmentVector, layout: Callable[[], Mapping[str, Tensor]], transfer: bool, name: str
+) -> Tensor:
     spec = vector.format_of(name)
-    if spec.name == "lossless" and vector.needs_base and _is_base(vector, name, layout().get(name)):
-        return decode(vector.encoded(name), layout()[name].detach().cpu().to(DTYPES[str(spec.options["dtype"])]))
+    if spec.name == "lossless" and vector.needs_base:
+        value = layout().get(name)
+        if value is not None and has_base_bits(vector, name, value):
+            return decode(vector.encoded(name), value.detach().cpu().to(DTYPES[str(spec.options["dtype"])]))
+        _require_bound(label, vector, name, transfer)
     return vector[name].detach()
 
 

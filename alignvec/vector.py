@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from alignvec.base_bits import has_base_bits, unrecorded
 from alignvec.checkpoint import Checkpoint, TensorInfo
 from alignvec.computed import Combination, Deltas, Difference
 from alignvec.deltas import STEP, BaseValues, InMemory, Stored, key
 from alignvec.description import STEM, Error, describe, known_format, read_description, title
 from alignvec.errors import AlignvecError
-from alignvec.fingerprint import BaseIdentity, checksum, summary
+from alignvec.fingerprint import BaseIdentity, summary
 from alignvec.formats import Encoded, Spec
 from alignvec.selection import Patterns, as_patterns, selected
 from alignvec.sources import LiveSource, Source, StoredSource, open_source
@@ -132,8 +133,13 @@ class AlignmentVector:
                 raise AlignvecError(
                     f"lossless delta {name} is {list(shape)}, {source.label} has {there}: give its base"
                 )
-            identity = None if self.base is None else self.base.tensors[name]
-            if verify and identity and checksum(values.read(name, 0, info.numel)) != identity.checksum:
+            if verify and self.base is not None and not has_base_bits(self, name, values.read(name, 0, info.numel)):
+                if unrecorded(self, name):
+                    raise AlignvecError(
+                        f"the vector does not record the bits of its base's values ({name}) that its lossless steps "
+                        f"are from, so {source.label} cannot be compared with them: extract the vector anew, or give "
+                        "its base with verify=False"
+                    )
                 raise AlignvecError(
                     f"{source.label} is not the base that the vector was extracted from ({name}: other values), "
                     "so its lossless deltas cannot be read with it: give their own base"
