@@ -215,7 +215,7 @@ class AlignmentVector:
             raise AlignvecError(f"an alignment vector cannot be multiplied by {factor}: the factor must be finite")
         if factor == 1:
             return self
-        return AlignmentVector(Combination([(float(factor), self._deltas)]), self.base)
+        return AlignmentVector(Combination([(float(factor), self._deltas)]), self.base, source=_adapters(self))
 
     __rmul__ = __mul__
 
@@ -320,7 +320,14 @@ class AlignmentVector:
         if self.base is not None and other.base is not None and (lines := self.base.differences(other.base)):
             raise AlignvecError(f"vectors of different bases cannot be added ({summary(lines)})")
         base = self.base if other.base is not None else None
-        return AlignmentVector(Combination([(1.0, self._deltas), (factor, other._deltas)]), base)
+        sum_of = Combination([(1.0, self._deltas), (factor, other._deltas)])
+        return AlignmentVector(sum_of, base, source=_adapters(self, other))
+
+
+def _adapters(*vectors: AlignmentVector) -> dict[str, Any]:
+    """Of the sources of vectors, what a sum or multiple keeps: the adapter that one was read from, which decides where
+    it may be attached."""
+    return next(({"adapter": v.source["adapter"]} for v in vectors if "adapter" in v.source), {})
 
 
 def _instead(folder: Path) -> str:
