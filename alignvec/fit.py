@@ -52,12 +52,11 @@ def require_fit(model: nn.Module, names: LiveNames, label: str, vector: Alignmen
         _require_shape(label, name, shapes[name], parameters[live])
     _require_untied(label, names, vector, places, edited)
     require_known(label, vector.tensors, places.head, kind)
-    everything = shapes if vector.base is None else {n: tuple(t.shape) for n, t in vector.base.tensors.items()}
     for group in places.groups:
         own = [name for name in group.names if name in vector]
         if not own:
             continue
-        made = group.shapes(everything | shapes, names.root)
+        made = places.made[group.target]
         fits = bool(made) and all(plain in names.plain for plain in made)
         for plain in made if fits else ():
             _require_plain(label, own[0], names.plain[plain], parameters[names.plain[plain]], by)

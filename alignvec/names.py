@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from alignvec.base_bits import has_base_bits, unrecorded
-from alignvec.conversion import Group, Shapes, plan, stored_layout
+from alignvec.conversion import Group, Shapes, StoredLayout, plan
 from alignvec.errors import AlignvecError
 from alignvec.fit import require_fit
 from alignvec.formats import Encoded, decode
@@ -73,11 +73,9 @@ class Places:
     groups: list[Group]  # names that a rule of loading turns into live tensors of another layout
     buffers: dict[str, str]  # name -> the live buffer that it is
     absent: list[str]  # names that the model has nothing for
+    shapes: Shapes  # of the stored tensors, by all of these names
+    made: dict[str, dict[str, tuple[int, ...]]]  # a group's target -> the parameters it makes; none if it cannot
     head: UnnamedHead | None = None  # a live head that none of the names is of
-
-    @property
-    def converted(self) -> dict[str, Group]:
-        return {name: group for group in self.groups for name in group.names}
 
 
 def known_shapes(vector: AlignmentVector) -> dict[str, tuple[int, ...]]:
@@ -90,14 +88,18 @@ def locate(model: nn.Module, names: LiveNames, vector: AlignmentVector) -> Place
     """Find the place of every tensor that the vector knows.
 
     Names are looked for as they are, then by the rules that transformers loads checkpoints with, and then, where the
-    vector edits nothing but a text model that is part of this one, in its language model.
+    vector edits nothing but a text model that is part of this one, in its language model. What else is stored beside
+    the tensors of a vector that names no base, a checkpoint of this very model says.
     """
-    stored = known_shapes(vector)
-    plain = plain_names(stored)
-    direct = {n: live for n in stored if (live := resolve(model, names, n) or resolve(model, names, plain[n]))}
+    parameters = dict(model.named_parameters())
+    known = stored = known_shapes(vector)
+    direct = _direct(model, names, known)
     groups: list[Group] = []
     buffers: dict[str, str] = {}
-    if len(direct) < len(stored):
+    if len(direct) < len(known) or any(tuple(parameters[live].shape) != known[n] for n, live in direct.items()):
+        if vector.base is None:
+            stored = checkpoint_layout(model, names).shapes(known) | known
+            direct = _direct(model, names, stored)
         for group in plan(names.root, [*names.plain, *names.buffers], stored):
             if group.converter is not None:
                 groups.append(group)
@@ -105,18 +107,25 @@ def locate(model: nn.Module, names: LiveNames, vector: AlignmentVector) -> Place
                 direct[group.names[0]] = names.plain[group.target]
             else:
                 buffers[group.names[0]] = names.buffers[group.target]
+        if vector.base is None:
+            groups = [group for group in groups if any(name in vector for name in group.names)]
         for name in [name for group in groups for name in group.names]:
             direct.pop(name, None)
         prefix = getattr(names.root, "base_model_prefix", "")
         absent = _unplaced(stored, direct, groups, buffers)
         buffers |= {name: live for name in absent if (live := _find([names.buffers], prefix, name))}
         if any(name in vector and name not in buffers for name in absent):
-            direct |= _in_language_model(model, names, vector, stored)
+            direct |= _in_language_model(model, names, vector, known)
     head = None
     if vector.base is not None:
-        parameters = dict(model.named_parameters())
         head = unnamed_head(model, names, stored, direct, lambda name: parameter_value(model, name, parameters[name]))
-    return Places(direct, groups, buffers, _unplaced(stored, direct, groups, buffers), head)
+    made = {group.target: group.shapes(stored, names.root) for group in groups}
+    return Places(direct, groups, buffers, _unplaced(stored, direct, groups, buffers), stored, made, head)
+
+
+def _direct(model: nn.Module, names: LiveNames, stored: Iterable[str]) -> dict[str, str]:
+    plain = plain_names(stored)
+    return {n: live for n in stored if (live := resolve(model, names, n) or resolve(model, names, plain[n]))}
 
 
 def _unplaced(
@@ -168,11 +177,15 @@ def parameter_value(model: nn.Module, name: str, parameter: nn.Parameter) -> Ten
     return value
 
 
-def checkpoint_layout(model: nn.Module, names: LiveNames, wanted: Iterable[str]) -> Mapping[str, Tensor]:
-    """The model's parameters by checkpoint names and shapes, for those whose live layout is another (experts)."""
+def checkpoint_layout(model: nn.Module, names: LiveNames) -> StoredLayout:
+    """The model's parameters as checkpoints of it hold those whose live layout is another (experts)."""
     parameters = dict(model.named_parameters())
-    values = {plain: parameter_value(model, live, parameters[live]) for plain, live in names.plain.items()}
-    return stored_layout(names.root, values, wanted)
+    like = {plain: parameters[live] for plain, live in names.plain.items()}
+
+    def value(plain: str) -> Tensor:
+        return parameter_value(model, names.plain[plain], like[plain])
+
+    return StoredLayout(names.root, like, value)
 
 
 def live_deltas(
@@ -212,13 +225,12 @@ def live_deltas(
         deltas[live] = functools.partial(read, name, live)
     if (head := places.head) is not None and head.follows and head.embedding in vector:
         deltas[head.live] = functools.partial(read, head.embedding, head.live)
-    layout = functools.cache(lambda: checkpoint_layout(model, known, vector.names))
+    layout = checkpoint_layout(model, known)
     for group in places.groups:
-        if not any(name in vector for name in group.names):
-            continue
-        for plain in group.shapes(known_shapes(vector), known.root):
-            stored = functools.partial(_stored_delta, label, vector, layout, transfer)
-            deltas[known.plain[plain]] = functools.partial(_converted, group, plain, known.root, vector, stored)
+        if any(name in vector for name in group.names):
+            edited = functools.partial(_edited, label, vector, group, places, layout, transfer)
+            made = functools.partial(_converted, group, known.root, places.shapes, edited)
+            deltas |= {known.plain[plain]: functools.partial(made, plain) for plain in places.made[group.target]}
     return deltas
 
 
@@ -256,11 +268,10 @@ def _require_bound(label: str, vector: AlignmentVector, name: str, transfer: boo
 
 
 def _converted(
-    group: Group, live: str, root: nn.Module, vector: AlignmentVector, read: Callable[[str], Tensor]
+    group: Group, root: nn.Module, shapes: Shapes, read: Callable[[], Mapping[str, Tensor]], live: str
 ) -> Encoded:
     """The delta of a live parameter that a rule of loading makes of several stored ones; those unedited are zero."""
-    shapes = known_shapes(vector)
-    edited = {name: read(name) for name in group.names if name in vector}
+    edited = read()
     dtype = functools.reduce(torch.promote_types, (delta.dtype for delta in edited.values()))
     zero = torch.zeros((), dtype=dtype)
 
@@ -272,16 +283,23 @@ def _converted(
     return Encoded("dense", tuple(values.shape), {}, {"": values.detach().contiguous()})
 
 
-def _stored_delta(
-    label: str, vector: AlignmentVector, layout: Callable[[], Mapping[str, Tensor]], transfer: bool, name: str
-) -> Tensor:
-    spec = vector.format_of(name)
-    if spec.name == "lossless" and vector.needs_base:
-        value = layout().get(name)
-        if value is not None and has_base_bits(vector, name, value):
-            return decode(vector.encoded(name), value.detach().cpu().to(DTYPES[str(spec.options["dtype"])]))
-        _require_bound(label, vector, name, transfer)
-    return vector[name].detach()
+def _edited(
+    label: str, vector: AlignmentVector, group: Group, places: Places, layout: StoredLayout, transfer: bool
+) -> dict[str, Tensor]:
+    """The vector's deltas of a group's stored tensors, lossless ones as steps from what the model has for them."""
+    names = [name for name in group.names if name in vector]
+    lossless = vector.needs_base and any(vector.format_of(name).name == "lossless" for name in names)
+    values = layout.values(group, places.made[group.target], places.shapes) if lossless else {}
+    found = {}
+    for name in names:
+        spec = vector.format_of(name)
+        if spec.name == "lossless" and vector.needs_base:
+            if name not in values or not has_base_bits(vector, name, values[name]):
+                _require_bound(label, vector, name, transfer)
+            found[name] = decode(vector.encoded(name), values[name].cpu().to(DTYPES[str(spec.options["dtype"])]))
+        else:
+            found[name] = vector[name].detach()
+    return found
 
 
 def _same(one: Encoded, other: Encoded) -> bool:

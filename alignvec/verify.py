@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from alignvec.conversion import Group
 from alignvec.errors import AlignvecError
 from alignvec.fingerprint import TensorIdentity, checksum, identifying, summary
 from alignvec.fit import quantised_as, require_fit
@@ -40,11 +41,10 @@ def verify_base(model: nn.Module, vectors: Mapping[str, AlignmentVector]) -> Non
 
 
 class _Tensor(NamedTuple):
-    """A live tensor: a key for its checksum, its shape and dtype (it may be on the meta device), and its values."""
+    """A live tensor as the base has it: its shape and dtype (it may be on the meta device), and its checksum."""
 
-    key: str
     like: Tensor
-    read: Callable[[], Any]
+    checksum: Callable[[], str | None]
 
 
 class _Live:
@@ -53,28 +53,39 @@ class _Live:
     def __init__(self, model: nn.Module, names: LiveNames) -> None:
         self.model, self.names = model, names
         self.parameters, self.buffers = dict(model.named_parameters()), dict(model.named_buffers())
-        self._checksums: dict[str, str] = {}
+        self._layout = checkpoint_layout(model, names)
+        self._checksums: dict[tuple[str, ...], str] = {}
 
     def tensors(self, places: Places) -> dict[str, _Tensor]:
         """The live tensors that a vector's base has a name for."""
         found = {}
         for name, live in places.direct.items():
-            parameter = self.parameters[live]
-            read = functools.partial(parameter_value, self.model, live, parameter)
-            found[name] = _Tensor(live, parameter, read)
+            found[name] = _Tensor(self.parameters[live], functools.partial(self._parameter, live))
         for name, live in places.buffers.items():
             if self._persistent(live):
-                found[name] = _Tensor(live, self.buffers[live], functools.partial(self.buffers.get, live))
-        if converted := places.converted:
-            layout = checkpoint_layout(self.model, self.names, converted)
-            for name in converted.keys() & layout.keys():
-                found[name] = _Tensor(f"{name} stored", layout[name], functools.partial(layout.get, name))
+                found[name] = _Tensor(self.buffers[live], functools.partial(self._hash, (live,), self.buffers[live]))
+        for group in places.groups:
+            like = self._layout.like(group, places.made[group.target], places.shapes)
+            for name, tensor in like.items():
+                found[name] = _Tensor(tensor, functools.partial(self._converted, group, places, name))
         return found
 
-    def checksum(self, tensor: _Tensor) -> str:
-        if tensor.key not in self._checksums:
-            self._checksums[tensor.key] = checksum(tensor.read())
-        return self._checksums[tensor.key]
+    def _parameter(self, live: str) -> str:
+        known = self._checksums.get((live,))
+        return known or self._hash((live,), parameter_value(self.model, live, self.parameters[live]))
+
+    def _converted(self, group: Group, places: Places, name: str) -> str | None:
+        """The checksum of one of the tensors that a group is stored as; those of the others are kept for later."""
+        shape = tuple(places.shapes[name])
+        if (name, str(shape)) not in self._checksums:
+            for each, value in self._layout.values(group, places.made[group.target], places.shapes).items():
+                self._hash((each, str(tuple(value.shape))), value)
+        return self._checksums.get((name, str(shape)))
+
+    def _hash(self, key: tuple[str, ...], value: Tensor) -> str:
+        if key not in self._checksums:
+            self._checksums[key] = checksum(value)
+        return self._checksums[key]
 
     def _persistent(self, live: str) -> bool:
         path, _, leaf = live.rpartition(".")
@@ -89,7 +100,9 @@ def _compare(
     ignored = [re.compile(pattern) for pattern in getattr(root, "_keys_to_ignore_on_load_unexpected", None) or ()]
     absent = [name for name in places.absent if not any(pattern.search(name) for pattern in ignored)]
     method = quantisation(getattr(root, "config", None))
-    quantised = [f"{name} is {kind}" for name, t in tensors.items() if (kind := quantised_as(t.like, method))]
+    read = {name: t.like for name, t in tensors.items()}
+    read |= {name: live.parameters[live.names.plain[name]] for made in places.made.values() for name in made}
+    quantised = [f"{name} is {kind}" for name, tensor in read.items() if (kind := quantised_as(tensor, method))]
     quantised += [f"it does not hold {name} as a weight" for name in absent if method]
     if quantised:
         raise AlignvecError(
@@ -105,7 +118,7 @@ def _compare(
         tensor = tensors.get(name)
         if tensor is None or tuple(tensor.like.shape) != tuple(identity.shape):
             wrong.append(name)
-        elif not identity.has(live.checksum(tensor)):
+        elif not identity.has(tensor.checksum() or ""):
             narrowed = tensor.like.dtype == torch.float16 and identity.dtype != "float16" and identity.float16 is None
             (unknown if narrowed else wrong).append(name)
     if unknown and not wrong:
