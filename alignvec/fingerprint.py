@@ -177,21 +177,26 @@ class BaseIdentity:
     config: dict[str, Any]
     tensors: dict[str, TensorIdentity]
 
-    def differences(self, other: BaseIdentity, *, values: bool = True) -> list[str]:
-        """A line per difference, none when both are the same base; ``values=False`` compares names and shapes only."""
+    def differences(
+        self, other: BaseIdentity, *, values: bool = True, here: str = "the first", there: str = "the second"
+    ) -> list[str]:
+        """A line per difference, none when both are the same base; ``values=False`` compares names and shapes only.
+
+        ``here`` and ``there`` are what the lines call this base and the other.
+        """
         lines = [
-            f"config {key}: {self.config[key]} here, {other.config[key]} there"
+            f"config {key}: {self.config[key]} in {here}, {other.config[key]} in {there}"
             for key in sorted(self.config.keys() & other.config.keys())
             if self.config[key] != other.config[key]
         ]
         for name in [*self.tensors, *(other.tensors.keys() - self.tensors.keys())]:
             mine, theirs = self.tensors.get(name), other.tensors.get(name)
             if theirs is None:
-                lines.append(f"{name}: missing there")
+                lines.append(f"{name}: missing in {there}")
             elif mine is None:
-                lines.append(f"{name}: missing here")
+                lines.append(f"{name}: missing in {here}")
             elif mine.shape != theirs.shape:
-                lines.append(f"{name}: shape {list(mine.shape)} here, {list(theirs.shape)} there")
+                lines.append(f"{name}: shape {list(mine.shape)} in {here}, {list(theirs.shape)} in {there}")
             elif values and not mine.agrees(theirs):
                 lines.append(f"{name}: other values")
         return lines

@@ -57,7 +57,8 @@ def require_base(source: Source, label: str, vector: AlignmentVector, *, values:
             f"vector {label!r} does not record the bits of its base's values ({summary(blind, separator=', ')}) that "
             f"its lossless steps are from, so {source.label} cannot be compared with them: extract it anew"
         )
-    lines = vector.base.differences(BaseIdentity(identifying(source.config), identities), values=False)
+    here = BaseIdentity(identifying(source.config), identities)
+    lines = vector.base.differences(here, values=False, here="the vector's base", there=source.label)
     if lines or other:
         raise AlignvecError(_refusal(source, label, vector.base, lines, [name for name in known if name in other]))
 

@@ -317,8 +317,9 @@ class AlignmentVector:
 
     def _combine(self, other: AlignmentVector, factor: float) -> AlignmentVector:
         self._comparable(other)
-        if self.base is not None and other.base is not None and (lines := self.base.differences(other.base)):
-            raise AlignvecError(f"vectors of different bases cannot be added ({summary(lines)})")
+        if self.base is not None and other.base is not None:
+            if lines := self.base.differences(other.base, here="the first vector's base", there="the second's"):
+                raise AlignvecError(f"vectors of different bases cannot be added ({summary(lines)})")
         base = self.base if other.base is not None else None
         sum_of = Combination([(1.0, self._deltas), (factor, other._deltas)])
         return AlignmentVector(sum_of, base, source=_adapters(self, other))

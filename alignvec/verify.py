@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +15,18 @@ from alignvec.fingerprint import TensorIdentity, checksum, identifying, summary
 from alignvec.fit import quantised_as, require_fit
 from alignvec.heads import own_head
 from alignvec.names import LiveNames, Places, checkpoint_layout, locate, parameter_value
-from alignvec.unloaded import quantisation
+from alignvec.unloaded import Unloaded, quantisation
 from alignvec.vector import AlignmentVector
+from alignvec.wrappers import is_persistent
 
 
 def verify_base(model: nn.Module, vectors: Mapping[str, AlignmentVector]) -> None:
     """Compare the model's weights with the base that each vector names, tensor by tensor.
 
     A tensor of the base that the model has no place for (a multi-token prediction head, a rotary table) says nothing
-    about the model, unless the two have other sizes; nor does a buffer that is computed, not loaded. A model loaded as
-    float16, which does not hold small bfloat16 or float32 values, is compared by the base's values rounded alike.
+    about the model; nor does a buffer that is computed, not loaded. The sizes in the two configurations are compared,
+    too. A model loaded as float16, which does not hold small bfloat16 or float32 values, is compared by the base's
+    values rounded alike.
 
     Raises:
         AlignvecError: one sentence for the first vector that edits what the model does not have, or that belongs to
@@ -62,7 +63,7 @@ class _Live:
         for name, live in places.direct.items():
             found[name] = _Tensor(self.parameters[live], functools.partial(self._parameter, live))
         for name, live in places.buffers.items():
-            if self._persistent(live):
+            if is_persistent(self.model, live):
                 found[name] = _Tensor(self.buffers[live], functools.partial(self._hash, (live,), self.buffers[live]))
         for group in places.groups:
             like = self._layout.like(group, places.made[group.target], places.shapes)
@@ -87,19 +88,16 @@ class _Live:
             self._checksums[key] = checksum(value)
         return self._checksums[key]
 
-    def _persistent(self, live: str) -> bool:
-        path, _, leaf = live.rpartition(".")
-        return leaf not in self.model.get_submodule(path)._non_persistent_buffers_set
-
 
 def _compare(
     live: _Live, label: str, vector: AlignmentVector, base: Mapping[str, TensorIdentity], places: Places
 ) -> None:
     tensors = live.tensors(places)
     root = live.names.root
-    ignored = [re.compile(pattern) for pattern in getattr(root, "_keys_to_ignore_on_load_unexpected", None) or ()]
-    absent = [name for name in places.absent if not any(pattern.search(name) for pattern in ignored)]
-    method = quantisation(getattr(root, "config", None))
+    config = getattr(root, "config", None)
+    unloaded = Unloaded(config, root)
+    absent = [name for name in places.absent if not unloaded(name, places.shapes[name])]
+    method = quantisation(config)
     read = {name: t.like for name, t in tensors.items()}
     read |= {name: live.parameters[live.names.plain[name]] for made in places.made.values() for name in made}
     quantised = [f"{name} is {kind}" for name, tensor in read.items() if (kind := quantised_as(tensor, method))]
@@ -135,14 +133,23 @@ def _compare(
         )
     if (head := places.head) is not None and not head.bare and not head.follows:
         raise own_head(label, type(root).__name__, head.live, head.embedding)
-    sizes = {} if not absent or vector.base is None else vector.base.config
-    here = identifying(getattr(root, "config", None)) if sizes else {}
-    for key in sizes.keys() & here.keys() - {"model_type"}:
-        if sizes[key] != here[key]:
+    _require_sizes(label, vector, config, absent)
+
+
+def _require_sizes(label: str, vector: AlignmentVector, config: Any, absent: list[str]) -> None:
+    """The configuration of the base is the model's, or that of the text model inside of it.
+
+    absent: what the model lacks, which is said where its sizes are others.
+    """
+    assert vector.base is not None
+    text = config.get_text_config() if hasattr(config, "get_text_config") else None
+    whole, part = identifying(config), identifying(text)
+    lacks = f", which lacks {summary(absent, separator=', ')}" if absent else ""
+    for key, size in vector.base.config.items():
+        if key != "model_type" and key in whole and size not in (whole[key], part.get(key)):
             raise AlignvecError(
-                f"vector {label!r} was extracted from a different base: its {key} is {sizes[key]}, the model's "
-                f"{here[key]}, which lacks {summary(absent, separator=', ')}; load that base, or attach with "
-                "transfer=True"
+                f"vector {label!r} was extracted from a different base: its {key} is {size}, the model's {whole[key]}"
+                f"{lacks}; load that base, or attach with transfer=True"
             )
 
 

@@ -52,6 +52,12 @@ def live_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     return {name: plain[short] for name, short in inside.items()}
 
 
+def is_persistent(model: nn.Module, name: str) -> bool:
+    """Whether checkpoints of the model hold its buffer of this name."""
+    path, _, leaf = name.rpartition(".")
+    return leaf not in model.get_submodule(path)._non_persistent_buffers_set
+
+
 def is_adapter(name: str) -> bool:
     """Whether a name belongs to a PEFT adapter, not to the model that it adapts."""
     return ADAPTER.search(name) is not None

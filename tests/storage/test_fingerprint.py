@@ -74,11 +74,11 @@ def test_differences_name_the_tensors() -> None:
     assert mine.differences(identify({n: t.double() for n, t in tensors.items()}, {"hidden_size": 8})) == []
     other = identify({"a": tensors["a"] + 1, "b": torch.randn(4), "d": torch.randn(1)}, {"hidden_size": 9})
     assert mine.differences(other) == [
-        "config hidden_size: 8 here, 9 there",
+        "config hidden_size: 8 in the first, 9 in the second",
         "a: other values",
-        "b: shape [2, 2] here, [4] there",
-        "c: missing there",
-        "d: missing here",
+        "b: shape [2, 2] in the first, [4] in the second",
+        "c: missing in the second",
+        "d: missing in the first",
     ]
     assert "a: other values" not in mine.differences(other, values=False)
 
