@@ -317,8 +317,10 @@ class AlignmentVector:
 
     def _combine(self, other: AlignmentVector, factor: float) -> AlignmentVector:
         self._comparable(other)
-        if self.base is not None and other.base is not None:
-            if lines := self.base.differences(other.base, here="the first vector's base", there="the second's"):
+        bases = (self.base, other.base)
+        if bases[0] is not None and bases[1] is not None:
+            lines = bases[0].differences(bases[1], here="the first vector's base", there="the second's")
+            if lines:
                 raise AlignvecError(f"vectors of different bases cannot be added ({summary(lines)})")
         base = self.base if other.base is not None else None
         sum_of = Combination([(1.0, self._deltas), (factor, other._deltas)])

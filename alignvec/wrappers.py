@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable
 
 from torch import nn
@@ -26,6 +27,34 @@ def plain_names(names: Iterable[str]) -> dict[str, str]:
     if len(set(stripped)) < len(listed) or "" in stripped:
         stripped = listed
     return dict(zip(listed, stripped, strict=True))
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of torch.compile, data parallelism, a PEFT model or its tuner; any other as it is.
+
+    PEFT's layers, which take the place of modules inside of the model, stay.
+    """
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = model.module
+        elif inner is None and "peft" in sys.modules:
+            inner = _inside_peft(model)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def _inside_peft(model: nn.Module) -> nn.Module | None:
+    from peft import PeftMixedModel, PeftModel
+    from peft.tuners.tuners_utils import BaseTuner
+
+    if isinstance(model, PeftModel):
+        found: nn.Module = model.get_base_model()
+        return found
+    if isinstance(model, PeftMixedModel):
+        return model.base_model
+    return model.model if isinstance(model, BaseTuner) else None
 
 
 def inner_model(model: nn.Module) -> tuple[str, nn.Module]:
