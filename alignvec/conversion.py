@@ -9,6 +9,7 @@ nothing is initialised in the place of one that is missing.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,11 +69,20 @@ class StoredLayout:
     def __init__(self, root: nn.Module, like: Mapping[str, Tensor], value: Callable[[str], Tensor]) -> None:
         """`like`: the parameters by their names in `root`, of which only shapes and dtypes are read. `value`: reads
         one."""
-        self._root, self._value = root, value
-        self._like = {name: torch.empty_like(tensor, device="meta") for name, tensor in like.items()}
-        self._loaded = _rules(root, add_legacy=False)
-        self._rules = [*self._loaded, *(rules for each in self._loaded if (rules := _unchecked(each)))]
+        self._root, self._parameters, self._value = root, like, value
         self._chosen: dict[str, tuple[list[Any], bool]] = {}
+
+    @functools.cached_property
+    def _like(self) -> dict[str, Tensor]:
+        return {name: torch.empty_like(tensor, device="meta") for name, tensor in self._parameters.items()}
+
+    @functools.cached_property
+    def _loaded(self) -> list[list[Any]]:
+        return _rules(self._root, add_legacy=False)
+
+    @functools.cached_property
+    def _rules(self) -> list[list[Any]]:
+        return [*self._loaded, *(rules for each in self._loaded if (rules := _unchecked(each)))]
 
     def shapes(self, wanted: Iterable[str]) -> dict[str, tuple[int, ...]]:
         """All names and shapes that a checkpoint of the model has, by the rules that give most `wanted` names."""
