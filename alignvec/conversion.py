@@ -9,6 +9,7 @@ nothing is initialised in the place of one that is missing.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,23 +63,89 @@ def plan(root: nn.Module, live: Iterable[str], stored: Shapes) -> list[Group]:
     return max(plans, key=lambda groups: sum(len(group.sources) for group in groups), default=[])
 
 
-def stored_layout(root: nn.Module, parameters: Mapping[str, Tensor], wanted: Iterable[str]) -> Mapping[str, Tensor]:
-    """The live `parameters`, by their names in `root`, as a checkpoint holds them that has tensors named `wanted`."""
+class StoredLayout:
+    """The live parameters that rules of loading make, as a checkpoint holds them: one group's at a time."""
+
+    def __init__(self, root: nn.Module, like: Mapping[str, Tensor], value: Callable[[str], Tensor]) -> None:
+        """`like`: the parameters by their names in `root`, of which only shapes and dtypes are read. `value`: reads
+        one."""
+        self._root, self._parameters, self._value = root, like, value
+        self._chosen: dict[str, tuple[list[Any], bool]] = {}
+
+    @functools.cached_property
+    def _like(self) -> dict[str, Tensor]:
+        return {name: torch.empty_like(tensor, device="meta") for name, tensor in self._parameters.items()}
+
+    @functools.cached_property
+    def _loaded(self) -> list[list[Any]]:
+        return _rules(self._root, add_legacy=False)
+
+    @functools.cached_property
+    def _rules(self) -> list[list[Any]]:
+        return [*self._loaded, *(rules for each in self._loaded if (rules := _unchecked(each)))]
+
+    def shapes(self, wanted: Iterable[str]) -> dict[str, tuple[int, ...]]:
+        """All names and shapes that a checkpoint of the model has, by the rules that give most `wanted` names."""
+        names = set(wanted)
+        found = [made for rules in self._loaded if (made := _reverted(self._root, rules, self._like)) is not None]
+        best = max(found, key=lambda made: len(names & made.keys()), default={})
+        return {name: tuple(tensor.shape) for name, tensor in best.items()}
+
+    def like(self, group: Group, live: Iterable[str], stored: Shapes) -> dict[str, Tensor]:
+        """A group's tensors as a checkpoint holds them, on the meta device; those that no rule gives are left out.
+
+        live: the parameters that the group makes. stored: which shapes are looked for, where rules leave a choice.
+        """
+        best: dict[str, Tensor] = {}
+        score = (0, 0)
+        for rules in self._rules:
+            for alone in (True, False):  # a name may depend on what else there is
+                found = _reverted(self._root, rules, self._tensors(live, alone, self._like.__getitem__)) or {}
+                found = {name: found[name] for name in group.names if name in found}
+                fitting = sum(tuple(tensor.shape) == tuple(stored[name]) for name, tensor in found.items())
+                if (len(found), fitting) > score:
+                    best, score = found, (len(found), fitting)
+                    self._chosen[group.target] = rules, alone
+                if len(found) == len(group.names):
+                    break
+            if score == (len(group.names), len(group.names)):
+                break
+        return best
+
+    def values(self, group: Group, live: Iterable[str], stored: Shapes) -> dict[str, Tensor]:
+        """As `like`, with the model's values, on the device that they are on."""
+        names = self.like(group, live, stored)
+        if not names:
+            return {}
+        rules, alone = self._chosen[group.target]
+        found = _reverted(self._root, rules, self._tensors(live, alone, self._value)) or {}
+        return {name: found[name] for name in names}
+
+    def _tensors(self, live: Iterable[str], alone: bool, value: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        return ({} if alone else self._like) | {name: value(name) for name in live}
+
+
+def _reverted(root: nn.Module, rules: list[Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """Live tensors as transformers saves them by these rules; None where a rule has no way back."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    names = set(wanted)
-    best: Mapping[str, Tensor] = {}
-    for rules in _rules(root, add_legacy=False):
-        twin = copy.copy(root)  # shares everything but the attribute that names the rules
-        twin._weight_conversions = copy.deepcopy(rules)  # type: ignore[assignment]
-        try:
-            with torch.no_grad():
-                found = revert_weight_conversion(twin, dict(parameters))  # type: ignore[arg-type]
-        except Exception:  # a rule that has no way back
-            continue
-        if len(names & found.keys()) > len(names & best.keys()):
-            best = found
-    return best
+    twin = copy.copy(root)  # shares everything but the attribute that names the rules
+    twin._weight_conversions = copy.deepcopy(rules)  # type: ignore[assignment]
+    try:
+        with torch.no_grad():
+            return dict(revert_weight_conversion(twin, dict(tensors)))  # type: ignore[arg-type]
+    except Exception:  # whatever a rule makes of tensors that it was not written for
+        return None
+
+
+def _unchecked(rules: list[Any]) -> list[Any]:
+    """The rules, with those that convert only where the shape is not the model's own made to convert always; empty
+    where there are none. Such a rule says nothing about which layout the checkpoint had."""
+    twins = copy.deepcopy(rules)
+    checking = [op for rule in twins for op in getattr(rule, "operations", ()) if getattr(op, "check_dims", False)]
+    for operation in checking:
+        operation.check_dims = False
+    return twins if checking else []
 
 
 def _rules(root: nn.Module, *, add_legacy: bool = True) -> list[list[Any]]:

@@ -102,10 +102,10 @@ def checksum(tensor: Tensor) -> str:
 
 
 def narrowed(values: Tensor) -> Tensor | None:
-    """Flat values as a float16 model has them, rounded to bfloat16 for the checksum; None for float16 values."""
-    if values.dtype == torch.float16:
-        return None
+    """Flat values as a float16 model has them, rounded to bfloat16 for the checksum; float16 values' very bits."""
     flat = values.detach().reshape(-1)
+    if values.dtype == torch.float16:
+        return exact(flat, "float16")
     out = torch.empty(flat.numel(), dtype=torch.bfloat16, device=flat.device)
     # By way of float32, which CPUs convert the fastest, in pieces that stay in cache.
     step = NARROWED if flat.device.type == "cpu" else STEP
@@ -116,11 +116,20 @@ def narrowed(values: Tensor) -> Tensor | None:
     return out
 
 
+def exact(values: Tensor, dtype: str) -> Tensor:
+    """Values whose checksum tells every bit that they have in `dtype`, "float16" or "bfloat16".
+
+    A checksum takes bfloat16 values, so float16 ones are given to it as if their bits were bfloat16's.
+    """
+    return values.detach().to(torch.float16).view(torch.bfloat16) if dtype == "float16" else values
+
+
 @dataclass(frozen=True)
 class TensorIdentity:
     """Shape, dtype (for information: it is not compared) and checksum of one tensor of the base.
 
-    `float16` is the checksum of the values rounded to float16 first; vectors saved by early versions have none.
+    `float16` is the checksum of the values rounded to float16 first, or, of a float16 tensor, that of its bits. Vectors
+    saved by early versions have none, or, of a float16 tensor, the first checksum again.
     """
 
     shape: tuple[int, ...]
@@ -130,16 +139,34 @@ class TensorIdentity:
 
     def agrees(self, other: TensorIdentity) -> bool:
         """Whether both have the same values, or one of them the other's rounded to float16."""
-        if self.checksum == other.checksum:
-            return True
-        return (other.dtype == "float16" and other.checksum == self.float16) or (
-            self.dtype == "float16" and self.checksum == other.float16
+        if self.dtype == other.dtype == "float16" and self.knows_bits and other.knows_bits:
+            return self.float16 == other.float16
+        return (
+            self.checksum == other.checksum
+            or (other.dtype == "float16" and self.has(other.checksum))
+            or (self.dtype == "float16" and other.has(self.checksum))
         )
+
+    def has(self, digits: str) -> bool:
+        """Whether a tensor with this checksum has the same values, or those rounded to float16."""
+        return digits == self.checksum or (self.dtype != "float16" and digits == self.float16)
+
+    @property
+    def knows_bits(self) -> bool:
+        """Whether `bits` tells a tensor's bits. Of a float16 tensor of zeros it does in any case."""
+        return self.dtype != "float16" or self.float16 not in (None, self.checksum)
+
+    def bits(self, dtype: str) -> str | None:
+        """The checksum of `exact` values in this 16-bit dtype; None where it is not known."""
+        if dtype == "float16":
+            return self.float16 if self.dtype == "float16" else None
+        return self.checksum
 
     @classmethod
     def of(cls, tensor: Tensor) -> TensorIdentity:
         """The identity of a floating tensor on any device."""
-        plain, narrow = checksum(tensor), narrowed(tensor)
+        narrow = narrowed(tensor)
+        plain = checksum(tensor)
         return cls(tuple(tensor.shape), dtype_name(tensor.dtype), plain, plain if narrow is None else checksum(narrow))
 
 
@@ -150,21 +177,26 @@ class BaseIdentity:
     config: dict[str, Any]
     tensors: dict[str, TensorIdentity]
 
-    def differences(self, other: BaseIdentity, *, values: bool = True) -> list[str]:
-        """A line per difference, none when both are the same base; ``values=False`` compares names and shapes only."""
+    def differences(
+        self, other: BaseIdentity, *, values: bool = True, here: str = "the first", there: str = "the second"
+    ) -> list[str]:
+        """A line per difference, none when both are the same base; ``values=False`` compares names and shapes only.
+
+        ``here`` and ``there`` are what the lines call this base and the other.
+        """
         lines = [
-            f"config {key}: {self.config[key]} here, {other.config[key]} there"
+            f"config {key}: {self.config[key]} in {here}, {other.config[key]} in {there}"
             for key in sorted(self.config.keys() & other.config.keys())
             if self.config[key] != other.config[key]
         ]
         for name in [*self.tensors, *(other.tensors.keys() - self.tensors.keys())]:
             mine, theirs = self.tensors.get(name), other.tensors.get(name)
             if theirs is None:
-                lines.append(f"{name}: missing there")
+                lines.append(f"{name}: missing in {there}")
             elif mine is None:
-                lines.append(f"{name}: missing here")
+                lines.append(f"{name}: missing in {here}")
             elif mine.shape != theirs.shape:
-                lines.append(f"{name}: shape {list(mine.shape)} here, {list(theirs.shape)} there")
+                lines.append(f"{name}: shape {list(mine.shape)} in {here}, {list(theirs.shape)} in {there}")
             elif values and not mine.agrees(theirs):
                 lines.append(f"{name}: other values")
         return lines

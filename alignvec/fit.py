@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from alignvec.errors import AlignvecError
 from alignvec.fingerprint import dtype_name, summary
+from alignvec.heads import require_known
 from alignvec.unloaded import quantisation
+from alignvec.wrappers import plain_names
 
 if TYPE_CHECKING:
     from alignvec.names import LiveNames, Places
     from alignvec.vector import AlignmentVector
 
-HEADS = ("lm_head.", "embed_out.")
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LEAVE_OUT = "leave them out of the vector (vector.select)"
 
@@ -49,13 +50,13 @@ def require_fit(model: nn.Module, names: LiveNames, label: str, vector: Alignmen
         _require_plain(label, name, live, parameters[live], by)
     for name, live in edited.items():
         _require_shape(label, name, shapes[name], parameters[live])
-    _require_untied(label, vector, places, edited)
-    everything = shapes if vector.base is None else {n: tuple(t.shape) for n, t in vector.base.tensors.items()}
+    _require_untied(label, names, vector, places, edited)
+    require_known(label, vector.tensors, places.head, kind)
     for group in places.groups:
         own = [name for name in group.names if name in vector]
         if not own:
             continue
-        made = group.shapes(everything | shapes, names.root)
+        made = places.made[group.target]
         fits = bool(made) and all(plain in names.plain for plain in made)
         for plain in made if fits else ():
             _require_plain(label, own[0], names.plain[plain], parameters[names.plain[plain]], by)
@@ -101,16 +102,23 @@ def _require_shape(label: str, name: str, shape: tuple[int, ...], parameter: nn.
         )
 
 
-def _require_untied(label: str, vector: AlignmentVector, places: Places, edited: Mapping[str, str]) -> None:
+def _require_untied(
+    label: str, names: LiveNames, vector: AlignmentVector, places: Places, edited: Mapping[str, str]
+) -> None:
     """A delta for one of two tensors that the model ties and the vector's base does not would go to both.
 
-    A base that ties them may have stored both; what is edited then is the embedding.
+    Identities of bases that tie them have one of the two names alone. An adapter that was read without its base edits
+    what it names and nothing else, whatever that is tied to.
     """
     base = {} if vector.base is None else vector.base.tensors
     held = {live: name for name, live in places.direct.items() if name in base and name not in vector}
+    if vector.base is None and "adapter" in vector.source:
+        ends = tuple(f".{name}" for name in plain_names(edited).values())
+        held = {live: name for name, live in names.items() if not f".{name}".endswith(ends)}
     for name, live in edited.items():
-        if live in held and (name.startswith(HEADS) or base[name].checksum != base[held[live]].checksum):
+        if live in held:
+            advice = "" if vector.base is not None else ", or read the adapter with its base (from_peft(adapter, base))"
             raise AlignvecError(
                 f"vector {label!r} edits {name} and not {held[live]}, which the model ties together: attach it to a "
-                "model that keeps the two apart (tie_word_embeddings=False)"
+                f"model that keeps the two apart (tie_word_embeddings=False){advice}"
             )

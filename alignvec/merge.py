@@ -21,12 +21,12 @@ from alignvec.deltas import require_finite
 from alignvec.encoding import restored
 from alignvec.errors import AlignvecError
 from alignvec.extract import CHUNK, parse_dtype
-from alignvec.fingerprint import Checksum, dtype_name
+from alignvec.fingerprint import dtype_name
 from alignvec.pairing import HEADS, tied_to
 from alignvec.progress import bytes_bar
 from alignvec.rounding import ROUNDINGS, RealisedCoefficients, mix_
 from alignvec.sources import StoredSource, in_order, open_source
-from alignvec.stored_base import bind, knows, require_base, same_values
+from alignvec.stored_base import Digest, bind, knows, require_base
 from alignvec.tokenizer_files import TEMPLATES, TokenizerWarning, copy_tokenizer, notes_on, replacement_for
 from alignvec.vector import AlignmentVector
 from alignvec.writer import ShardWriter, output_folder, write_json
@@ -190,17 +190,17 @@ class _Run:
             for file, names in shards.items():
                 for name in names:
                     writer.begin(name, stored[name].dtype, stored[name].shape)
-                    checksum = Checksum()
+                    digest = Digest(name, map(self.plan.vectors.__getitem__, self.checked))
                     for _ in range(0, source.tensors[name].numel, CHUNK):
                         piece = next(results)
                         if self.checked and piece.base.is_floating_point():
-                            checksum.update(piece.base)
+                            digest.update(piece.base)
                         writer.write(piece.merged)
                         self.changed += piece.changed
                         self.realised.add(piece.realised)
                         advance(piece.base.nbytes)
                     writer.end()
-                    self._verify(name, checksum)
+                    self._verify(name, digest)
                 if keep_shards:
                     writer.finish_shard(file)
 
@@ -238,11 +238,11 @@ class _Run:
             realised.update(base, out, deltas)
         return _Piece(base, out, realised, 0 if out is base else _changed(base, out))
 
-    def _verify(self, name: str, checksum: Checksum) -> None:
+    def _verify(self, name: str, digest: Digest) -> None:
         for label in self.checked:
             vector = self.plan.vectors[label]
             assert vector.base is not None
-            if name in vector.base.tensors and not same_values(vector, name, checksum.hexdigest()):
+            if name in vector.base.tensors and not digest.agrees(vector):
                 require_base(self.plan.source, label, vector)  # names all that differ
 
 

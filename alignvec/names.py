@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alignvec.conversion import Group, Shapes, plan, stored_layout
+from alignvec.base_bits import has_base_bits, unrecorded
+from alignvec.conversion import Group, Shapes, StoredLayout, plan
 from alignvec.errors import AlignvecError
-from alignvec.fingerprint import checksum
-from alignvec.fit import HEADS, require_fit
+from alignvec.fit import require_fit
 from alignvec.formats import Encoded, decode
 from alignvec.formats.lossless import DTYPES
+from alignvec.heads import OF_HEADS, UnnamedHead, unnamed_head
 from alignvec.vector import AlignmentVector
 from alignvec.wrappers import INSIDE, inner_model, live_names, plain_names
 
@@ -41,7 +42,7 @@ class LiveNames(dict[str, str]):
 
 
 def parameter_names(model: nn.Module) -> LiveNames:
-    """Every name that a parameter goes by (tied weights have several) -> the first of them."""
+    """The model's parameters by all of their names."""
     return LiveNames(model)
 
 
@@ -72,10 +73,9 @@ class Places:
     groups: list[Group]  # names that a rule of loading turns into live tensors of another layout
     buffers: dict[str, str]  # name -> the live buffer that it is
     absent: list[str]  # names that the model has nothing for
-
-    @property
-    def converted(self) -> dict[str, Group]:
-        return {name: group for group in self.groups for name in group.names}
+    shapes: Shapes  # of the stored tensors, by all of these names
+    made: dict[str, dict[str, tuple[int, ...]]]  # a group's target -> the parameters it makes; none if it cannot
+    head: UnnamedHead | None = None  # a live head that none of the names is of
 
 
 def known_shapes(vector: AlignmentVector) -> dict[str, tuple[int, ...]]:
@@ -88,14 +88,18 @@ def locate(model: nn.Module, names: LiveNames, vector: AlignmentVector) -> Place
     """Find the place of every tensor that the vector knows.
 
     Names are looked for as they are, then by the rules that transformers loads checkpoints with, and then, where the
-    vector edits nothing but a text model that is part of this one, in its language model.
+    vector edits nothing but a text model that is part of this one, in its language model. What else is stored beside
+    the tensors of a vector that names no base, a checkpoint of this very model says.
     """
-    stored = known_shapes(vector)
-    plain = plain_names(stored)
-    direct = {n: live for n in stored if (live := resolve(model, names, n) or resolve(model, names, plain[n]))}
+    parameters = dict(model.named_parameters())
+    known = stored = known_shapes(vector)
+    direct = _direct(model, names, known)
     groups: list[Group] = []
     buffers: dict[str, str] = {}
-    if len(direct) < len(stored):
+    if len(direct) < len(known) or any(tuple(parameters[live].shape) != known[n] for n, live in direct.items()):
+        if vector.base is None:
+            stored = checkpoint_layout(model, names).shapes(known) | known
+            direct = _direct(model, names, stored)
         for group in plan(names.root, [*names.plain, *names.buffers], stored):
             if group.converter is not None:
                 groups.append(group)
@@ -103,15 +107,32 @@ def locate(model: nn.Module, names: LiveNames, vector: AlignmentVector) -> Place
                 direct[group.names[0]] = names.plain[group.target]
             else:
                 buffers[group.names[0]] = names.buffers[group.target]
+        if vector.base is None:
+            groups = [group for group in groups if any(name in vector for name in group.names)]
         for name in [name for group in groups for name in group.names]:
             direct.pop(name, None)
         prefix = getattr(names.root, "base_model_prefix", "")
-        placed = direct.keys() | buffers.keys() | {name for group in groups for name in group.names}
-        buffers |= {n: live for n in stored if n not in placed and (live := _find([names.buffers], prefix, n))}
-        if any(name not in direct and name not in placed for name in vector.names):
-            direct |= _in_language_model(model, names, vector, stored)
-    placed = direct.keys() | buffers.keys() | {name for group in groups for name in group.names}
-    return Places(direct, groups, buffers, [name for name in stored if name not in placed])
+        absent = _unplaced(stored, direct, groups, buffers)
+        buffers |= {name: live for name in absent if (live := _find([names.buffers], prefix, name))}
+        if any(name in vector and name not in buffers for name in absent):
+            direct |= _in_language_model(model, names, vector, known)
+    head = None
+    if vector.base is not None:
+        head = unnamed_head(model, names, stored, direct, lambda name: parameter_value(model, name, parameters[name]))
+    made = {group.target: group.shapes(stored, names.root) for group in groups}
+    return Places(direct, groups, buffers, _unplaced(stored, direct, groups, buffers), stored, made, head)
+
+
+def _direct(model: nn.Module, names: LiveNames, stored: Iterable[str]) -> dict[str, str]:
+    plain = plain_names(stored)
+    return {n: live for n in stored if (live := resolve(model, names, n) or resolve(model, names, plain[n]))}
+
+
+def _unplaced(
+    stored: Iterable[str], direct: Mapping[str, str], groups: Iterable[Group], buffers: Mapping[str, str]
+) -> list[str]:
+    converted = {name for group in groups for name in group.names}
+    return [name for name in stored if name not in direct and name not in buffers and name not in converted]
 
 
 def _in_language_model(model: nn.Module, names: LiveNames, vector: AlignmentVector, stored: Shapes) -> dict[str, str]:
@@ -128,11 +149,11 @@ def _in_language_model(model: nn.Module, names: LiveNames, vector: AlignmentVect
     parameters = dict(model.named_parameters())
     head = getattr(root.get_output_embeddings() if hasattr(root, "get_output_embeddings") else None, "weight", None)
     heads = [name for name, parameter in parameters.items() if parameter is head]
-    first = {name.partition(".")[0] for name in stored if not name.startswith(HEADS)}
+    first = {name.partition(".")[0] for name in stored if not name.startswith(OF_HEADS)}
     prefix = f"{first.pop()}." if len(first) == 1 else ""
 
     def place(name: str) -> str | None:
-        if name.startswith(HEADS):
+        if name.startswith(OF_HEADS):
             return heads[0] if heads and name.endswith(".weight") else None
         return names.plain.get(f"{path}.{name.removeprefix(prefix)}")
 
@@ -156,11 +177,15 @@ def parameter_value(model: nn.Module, name: str, parameter: nn.Parameter) -> Ten
     return value
 
 
-def checkpoint_layout(model: nn.Module, names: LiveNames, wanted: Iterable[str]) -> Mapping[str, Tensor]:
-    """The model's parameters by checkpoint names and shapes, for those whose live layout is another (experts)."""
+def checkpoint_layout(model: nn.Module, names: LiveNames) -> StoredLayout:
+    """The model's parameters as checkpoints of it hold those whose live layout is another (experts)."""
     parameters = dict(model.named_parameters())
-    values = {plain: parameter_value(model, live, parameters[live]) for plain, live in names.plain.items()}
-    return stored_layout(names.root, values, wanted)
+    like = {plain: parameters[live] for plain, live in names.plain.items()}
+
+    def value(plain: str) -> Tensor:
+        return parameter_value(model, names.plain[plain], like[plain])
+
+    return StoredLayout(names.root, like, value)
 
 
 def live_deltas(
@@ -187,7 +212,7 @@ def live_deltas(
 
     def read(name: str, live: str) -> Encoded:
         value = functools.partial(parameter_value, model, live, parameters[live])
-        return _read(vector, name, value, transfer)
+        return _read(label, vector, name, value, transfer)
 
     deltas: dict[str, Delta] = {}
     for name in (name for name in vector.names if name in places.direct):
@@ -198,36 +223,55 @@ def live_deltas(
                 "model that keeps the two apart (tie_word_embeddings=False)"
             )
         deltas[live] = functools.partial(read, name, live)
-    layout = functools.cache(lambda: checkpoint_layout(model, known, vector.names))
+    if (head := places.head) is not None and head.follows and head.embedding in vector:
+        deltas[head.live] = functools.partial(read, head.embedding, head.live)
+    layout = checkpoint_layout(model, known)
     for group in places.groups:
-        if not any(name in vector for name in group.names):
-            continue
-        for plain in group.shapes(known_shapes(vector), known.root):
-            deltas[known.plain[plain]] = functools.partial(_converted, group, plain, known.root, vector, layout)
+        if any(name in vector for name in group.names):
+            edited = functools.partial(_edited, label, vector, group, places, layout, transfer)
+            made = functools.partial(_converted, group, known.root, places.shapes, edited)
+            deltas |= {known.plain[plain]: functools.partial(made, plain) for plain in places.made[group.target]}
     return deltas
 
 
-def _read(vector: AlignmentVector, name: str, value: Callable[[], Tensor], transfer: bool) -> Encoded:
+def _read(label: str, vector: AlignmentVector, name: str, value: Callable[[], Tensor], transfer: bool) -> Encoded:
     encoded = vector.encoded(name)
     if encoded.name != "lossless":
         return encoded
     current = value()
-    trusted = not transfer and current.dtype == DTYPES[str(encoded.options["dtype"])]
-    if trusted or _is_base(vector, name, current):
+    unnamed = vector.base is None and not transfer and current.dtype == DTYPES[str(encoded.options["dtype"])]
+    if unnamed or has_base_bits(vector, name, current):
         return encoded
+    _require_bound(label, vector, name, transfer)
     return Encoded("dense", encoded.shape, {}, {"": vector[name]})
 
 
-def _is_base(vector: AlignmentVector, name: str, value: Tensor | None) -> bool:
-    return value is not None and vector.base is not None and checksum(value) == vector.base.tensors[name].checksum
+def _require_bound(label: str, vector: AlignmentVector, name: str, transfer: bool) -> None:
+    """AlignvecError for a lossless delta that the model does not have the base's bits of, and the vector neither."""
+    if not vector.needs_base:
+        return
+    dtype = vector.format_of(name).options["dtype"]
+    if unrecorded(vector, name):
+        raise AlignvecError(
+            f"vector {label!r} does not record the bits of its base's values ({name}) that its lossless steps are "
+            "from: extract it anew, or give vector.with_base(base, verify=False)"
+        )
+    if transfer:
+        raise AlignvecError(
+            f"vector {label!r} is lossless, steps from the values of its own base, which the model does not have "
+            f"({name}): give vector.with_base(base), or convert it to another format with its base"
+        )
+    raise AlignvecError(
+        f"vector {label!r} is lossless in {dtype} and the model holds its base's values rounded ({name}): load it as "
+        f"{dtype} (--dtype {dtype}), or give vector.with_base(base)"
+    )
 
 
 def _converted(
-    group: Group, live: str, root: nn.Module, vector: AlignmentVector, layout: Callable[[], Mapping[str, Tensor]]
+    group: Group, root: nn.Module, shapes: Shapes, read: Callable[[], Mapping[str, Tensor]], live: str
 ) -> Encoded:
     """The delta of a live parameter that a rule of loading makes of several stored ones; those unedited are zero."""
-    shapes = known_shapes(vector)
-    edited = {name: _stored_delta(vector, name, layout) for name in group.names if name in vector}
+    edited = read()
     dtype = functools.reduce(torch.promote_types, (delta.dtype for delta in edited.values()))
     zero = torch.zeros((), dtype=dtype)
 
@@ -239,11 +283,23 @@ def _converted(
     return Encoded("dense", tuple(values.shape), {}, {"": values.detach().contiguous()})
 
 
-def _stored_delta(vector: AlignmentVector, name: str, layout: Callable[[], Mapping[str, Tensor]]) -> Tensor:
-    spec = vector.format_of(name)
-    if spec.name == "lossless" and vector.needs_base and _is_base(vector, name, layout().get(name)):
-        return decode(vector.encoded(name), layout()[name].detach().cpu().to(DTYPES[str(spec.options["dtype"])]))
-    return vector[name].detach()
+def _edited(
+    label: str, vector: AlignmentVector, group: Group, places: Places, layout: StoredLayout, transfer: bool
+) -> dict[str, Tensor]:
+    """The vector's deltas of a group's stored tensors, lossless ones as steps from what the model has for them."""
+    names = [name for name in group.names if name in vector]
+    lossless = vector.needs_base and any(vector.format_of(name).name == "lossless" for name in names)
+    values = layout.values(group, places.made[group.target], places.shapes) if lossless else {}
+    found = {}
+    for name in names:
+        spec = vector.format_of(name)
+        if spec.name == "lossless" and vector.needs_base:
+            if name not in values or not has_base_bits(vector, name, values[name]):
+                _require_bound(label, vector, name, transfer)
+            found[name] = decode(vector.encoded(name), values[name].cpu().to(DTYPES[str(spec.options["dtype"])]))
+        else:
+            found[name] = vector[name].detach()
+    return found
 
 
 def _same(one: Encoded, other: Encoded) -> bool:

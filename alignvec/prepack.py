@@ -67,13 +67,15 @@ def operand(encoded: Encoded, weight: Tensor, device: torch.device, *, transpose
 def dense(encoded: Encoded, weight: Tensor, device: torch.device) -> Tensor:
     """The delta's values [*, cols] on `device`: as stored where they are, else float32, or 16 bits where that is exact.
 
+    float64 values are float32's for any weight but a float64 one: kernels multiply no wider than float32.
     `weight`: as for `operand`. Of a float32 weight the lossless checkpoints' dtype holds the very values.
     """
     moved = Encoded(
         encoded.name, encoded.shape, encoded.options, {key: part.to(device) for key, part in encoded.parts.items()}
     )
     if encoded.name == "dense":
-        return decode(moved)
+        values = decode(moved)
+        return values.float() if values.dtype == torch.float64 != weight.dtype else values
     dtype = DTYPES[str(encoded.options["dtype"])] if encoded.name == "lossless" else torch.bfloat16
     if encoded.name == "sparse":
         dtype = encoded.parts["values"].dtype

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
+from torch import Tensor
+
+from alignvec.base_bits import steps_from, unrecorded
 from alignvec.errors import AlignvecError
-from alignvec.fingerprint import BaseIdentity, Checksum, TensorIdentity, dtype_name, identifying, summary
-from alignvec.pairing import HEADS, tied_to
+from alignvec.fingerprint import (
+    BaseIdentity,
+    Checksum,
+    TensorIdentity,
+    dtype_name,
+    exact,
+    identifying,
+    summary,
+)
+from alignvec.heads import own_head
+from alignvec.pairing import EMBEDDINGS, HEADS, tied_to
 from alignvec.sources import Source
 from alignvec.unloaded import Unloaded, quantisation
 from alignvec.vector import AlignmentVector
@@ -23,21 +35,30 @@ def require_base(source: Source, label: str, vector: AlignmentVector, *, values:
     if vector.base is None:
         return
     known = vector.base.tensors
-    heads = [head for head in HEADS if head in source.tensors and head not in known and tied_to(source, head) is None]
+    embedding = next((name for name in known if name.endswith(EMBEDDINGS)), None)
+    for head in HEADS if embedding is not None else ():
+        if head in source.tensors and head not in known and tied_to(source, head) is None:
+            raise own_head(label, source.label, head, embedding or "")
     identities, other = {}, []
     for name, info in source.tensors.items():
-        if info.dtype.is_floating_point and (name in known or name in heads):
+        if info.dtype.is_floating_point and name in known:
             identities[name] = TensorIdentity(info.shape, dtype_name(info.dtype), "")
             if values and name in known and info.shape == known[name].shape:
-                digest = Checksum()
+                digest = Digest(name, [vector])
                 for piece in source.chunks(name):
                     digest.update(piece)
-                if not same_values(vector, name, digest.hexdigest()):
+                if not digest.agrees(vector):
                     other.append(name)
     if missing := [name for name in known if name not in source.tensors and name not in vector]:
         unloaded = Unloaded(source.config)
         identities |= {name: known[name] for name in missing if unloaded(name, known[name].shape)}
-    lines = vector.base.differences(BaseIdentity(identifying(source.config), identities), values=False)
+    if blind := [name for name in other if unrecorded(vector, name)]:
+        raise AlignvecError(
+            f"vector {label!r} does not record the bits of its base's values ({summary(blind, separator=', ')}) that "
+            f"its lossless steps are from, so {source.label} cannot be compared with them: extract it anew"
+        )
+    here = BaseIdentity(identifying(source.config), identities)
+    lines = vector.base.differences(here, values=False, here="the vector's base", there=source.label)
     if lines or other:
         raise AlignvecError(_refusal(source, label, vector.base, lines, [name for name in known if name in other]))
 
@@ -55,13 +76,29 @@ def bind(source: Source, label: str, vector: AlignmentVector, *, transfer: bool)
     return vector.with_base(source, verify=False)
 
 
-def same_values(vector: AlignmentVector, name: str, checksum: str) -> bool:
-    """Whether a tensor with this checksum has the values of the vector's base, or, where no lossless delta is read as
-    steps from their bits, those values as float16 has them."""
-    assert vector.base is not None
-    identity = vector.base.tensors[name]
-    exact = name in vector and vector.format_of(name).name == "lossless"
-    return checksum == identity.checksum or (not exact and checksum == identity.float16)
+class Digest:
+    """The checksums of a tensor, given in pieces, that say whether it has the values of vectors' bases."""
+
+    def __init__(self, name: str, vectors: Iterable[AlignmentVector]) -> None:
+        self._name = name
+        self._values = Checksum()
+        self._bits = Checksum() if any(steps_from(vector, name) == "float16" for vector in vectors) else None
+
+    def update(self, piece: Tensor) -> None:
+        """Take the next values, of a floating dtype."""
+        self._values.update(piece)
+        if self._bits is not None:
+            self._bits.update(exact(piece, "float16"))
+
+    def agrees(self, vector: AlignmentVector) -> bool:
+        """Whether these are the values of the vector's base, or, where no lossless delta is read as steps from their
+        bits, those values as float16 has them."""
+        assert vector.base is not None
+        identity, dtype = vector.base.tensors[self._name], steps_from(vector, self._name)
+        if dtype is None:
+            return identity.has(self._values.hexdigest())
+        digits = self._bits if dtype == "float16" else self._values
+        return digits is not None and digits.hexdigest() == identity.bits(dtype)
 
 
 def knows(vector: AlignmentVector, name: str) -> bool:

@@ -16,13 +16,16 @@ MASKED = re.compile(r"(^|\.)(attn|attention)\.bias$")  # GPT-2's mask [1, 1, n, 
 class Unloaded:
     """Says of a checkpoint's tensor whether the model of its config is known not to load it."""
 
-    def __init__(self, config: Any) -> None:
-        """`config`: that of a checkpoint (a dict), a transformers config, or None."""
-        self._config = config
+    def __init__(self, config: Any, model: Any = None) -> None:
+        """`config`: that of a checkpoint (a dict), a transformers config, or None. `model`: a live model or its class,
+        where there is one; else it is found by the config."""
+        self._config, self._model = config, model
 
     @functools.cached_property
     def _patterns(self) -> list[re.Pattern[str]]:
-        return [re.compile(pattern) for pattern in _ignored(self._config)]
+        model = _model_class(self._config) if self._model is None else self._model
+        patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        return [re.compile(pattern) for pattern in patterns]
 
     def __call__(self, name: str, shape: tuple[int, ...]) -> bool:
         if MASKED.search(name):
@@ -38,15 +41,14 @@ def quantisation(config: Any) -> str:
     return str(getattr(method, "value", method) or "")
 
 
-def _ignored(config: Any) -> list[str]:
-    """What the model class of the config lists as unexpected and not missed."""
+def _model_class(config: Any) -> type | None:
+    """The causal language model's class that transformers loads for the config; None where it knows none."""
     values = config if isinstance(config, dict) else getattr(config, "__dict__", {})
     names, kind = values.get("architectures") or [], values.get("model_type") or getattr(config, "model_type", None)
     if not names and not kind:
-        return []
+        return None
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     known = [*names, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(kind), "")]
-    classes = [cls for name in known if (cls := getattr(transformers, str(name), None)) is not None]
-    return [p for cls in classes[:1] for p in getattr(cls, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    return next((cls for name in known if (cls := getattr(transformers, str(name), None)) is not None), None)

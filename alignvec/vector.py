@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from alignvec.base_bits import has_base_bits, unrecorded
 from alignvec.checkpoint import Checkpoint, TensorInfo
 from alignvec.computed import Combination, Deltas, Difference
 from alignvec.deltas import STEP, BaseValues, InMemory, Stored, key
 from alignvec.description import STEM, Error, describe, known_format, read_description, title
 from alignvec.errors import AlignvecError
-from alignvec.fingerprint import BaseIdentity, checksum, summary
+from alignvec.fingerprint import BaseIdentity, summary
 from alignvec.formats import Encoded, Spec
 from alignvec.selection import Patterns, as_patterns, selected
 from alignvec.sources import LiveSource, Source, StoredSource, open_source
@@ -132,8 +133,13 @@ class AlignmentVector:
                 raise AlignvecError(
                     f"lossless delta {name} is {list(shape)}, {source.label} has {there}: give its base"
                 )
-            identity = None if self.base is None else self.base.tensors[name]
-            if verify and identity and checksum(values.read(name, 0, info.numel)) != identity.checksum:
+            if verify and self.base is not None and not has_base_bits(self, name, values.read(name, 0, info.numel)):
+                if unrecorded(self, name):
+                    raise AlignvecError(
+                        f"the vector does not record the bits of its base's values ({name}) that its lossless steps "
+                        f"are from, so {source.label} cannot be compared with them: extract the vector anew, or give "
+                        "its base with verify=False"
+                    )
                 raise AlignvecError(
                     f"{source.label} is not the base that the vector was extracted from ({name}: other values), "
                     "so its lossless deltas cannot be read with it: give their own base"
@@ -209,7 +215,7 @@ class AlignmentVector:
             raise AlignvecError(f"an alignment vector cannot be multiplied by {factor}: the factor must be finite")
         if factor == 1:
             return self
-        return AlignmentVector(Combination([(float(factor), self._deltas)]), self.base)
+        return AlignmentVector(Combination([(float(factor), self._deltas)]), self.base, source=_adapters(self))
 
     __rmul__ = __mul__
 
@@ -311,10 +317,20 @@ class AlignmentVector:
 
     def _combine(self, other: AlignmentVector, factor: float) -> AlignmentVector:
         self._comparable(other)
-        if self.base is not None and other.base is not None and (lines := self.base.differences(other.base)):
-            raise AlignvecError(f"vectors of different bases cannot be added ({summary(lines)})")
+        bases = (self.base, other.base)
+        if bases[0] is not None and bases[1] is not None:
+            lines = bases[0].differences(bases[1], here="the first vector's base", there="the second's")
+            if lines:
+                raise AlignvecError(f"vectors of different bases cannot be added ({summary(lines)})")
         base = self.base if other.base is not None else None
-        return AlignmentVector(Combination([(1.0, self._deltas), (factor, other._deltas)]), base)
+        sum_of = Combination([(1.0, self._deltas), (factor, other._deltas)])
+        return AlignmentVector(sum_of, base, source=_adapters(self, other))
+
+
+def _adapters(*vectors: AlignmentVector) -> dict[str, Any]:
+    """Of the sources of vectors, what a sum or multiple keeps: the adapter that one was read from, which decides where
+    it may be attached."""
+    return next(({"adapter": v.source["adapter"]} for v in vectors if "adapter" in v.source), {})
 
 
 def _instead(folder: Path) -> str:

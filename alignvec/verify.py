@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from alignvec.conversion import Group
 from alignvec.errors import AlignvecError
 from alignvec.fingerprint import TensorIdentity, checksum, identifying, summary
 from alignvec.fit import quantised_as, require_fit
+from alignvec.heads import own_head
 from alignvec.names import LiveNames, Places, checkpoint_layout, locate, parameter_value
-from alignvec.unloaded import quantisation
+from alignvec.unloaded import Unloaded, quantisation
 from alignvec.vector import AlignmentVector
+from alignvec.wrappers import is_persistent
 
 
 def verify_base(model: nn.Module, vectors: Mapping[str, AlignmentVector]) -> None:
     """Compare the model's weights with the base that each vector names, tensor by tensor.
 
     A tensor of the base that the model has no place for (a multi-token prediction head, a rotary table) says nothing
-    about the model, unless the two have other sizes; nor does a buffer that is computed, not loaded. A model loaded as
-    float16, which does not hold small bfloat16 or float32 values, is compared by the base's values rounded alike.
+    about the model; nor does a buffer that is computed, not loaded. The sizes in the two configurations are compared,
+    too. A model loaded as float16, which does not hold small bfloat16 or float32 values, is compared by the base's
+    values rounded alike.
 
     Raises:
         AlignvecError: one sentence for the first vector that edits what the model does not have, or that belongs to
@@ -39,11 +42,10 @@ def verify_base(model: nn.Module, vectors: Mapping[str, AlignmentVector]) -> Non
 
 
 class _Tensor(NamedTuple):
-    """A live tensor: a key for its checksum, its shape and dtype (it may be on the meta device), and its values."""
+    """A live tensor as the base has it: its shape and dtype (it may be on the meta device), and its checksum."""
 
-    key: str
     like: Tensor
-    read: Callable[[], Any]
+    checksum: Callable[[], str | None]
 
 
 class _Live:
@@ -52,32 +54,39 @@ class _Live:
     def __init__(self, model: nn.Module, names: LiveNames) -> None:
         self.model, self.names = model, names
         self.parameters, self.buffers = dict(model.named_parameters()), dict(model.named_buffers())
-        self._checksums: dict[str, str] = {}
+        self._layout = checkpoint_layout(model, names)
+        self._checksums: dict[tuple[str, ...], str] = {}
 
     def tensors(self, places: Places) -> dict[str, _Tensor]:
         """The live tensors that a vector's base has a name for."""
         found = {}
         for name, live in places.direct.items():
-            parameter = self.parameters[live]
-            read = functools.partial(parameter_value, self.model, live, parameter)
-            found[name] = _Tensor(live, parameter, read)
+            found[name] = _Tensor(self.parameters[live], functools.partial(self._parameter, live))
         for name, live in places.buffers.items():
-            if self._persistent(live):
-                found[name] = _Tensor(live, self.buffers[live], functools.partial(self.buffers.get, live))
-        if converted := places.converted:
-            layout = checkpoint_layout(self.model, self.names, converted)
-            for name in converted.keys() & layout.keys():
-                found[name] = _Tensor(f"{name} stored", layout[name], functools.partial(layout.get, name))
+            if is_persistent(self.model, live):
+                found[name] = _Tensor(self.buffers[live], functools.partial(self._hash, (live,), self.buffers[live]))
+        for group in places.groups:
+            like = self._layout.like(group, places.made[group.target], places.shapes)
+            for name, tensor in like.items():
+                found[name] = _Tensor(tensor, functools.partial(self._converted, group, places, name))
         return found
 
-    def checksum(self, tensor: _Tensor) -> str:
-        if tensor.key not in self._checksums:
-            self._checksums[tensor.key] = checksum(tensor.read())
-        return self._checksums[tensor.key]
+    def _parameter(self, live: str) -> str:
+        known = self._checksums.get((live,))
+        return known or self._hash((live,), parameter_value(self.model, live, self.parameters[live]))
 
-    def _persistent(self, live: str) -> bool:
-        path, _, leaf = live.rpartition(".")
-        return leaf not in self.model.get_submodule(path)._non_persistent_buffers_set
+    def _converted(self, group: Group, places: Places, name: str) -> str | None:
+        """The checksum of one of the tensors that a group is stored as; those of the others are kept for later."""
+        shape = tuple(places.shapes[name])
+        if (name, str(shape)) not in self._checksums:
+            for each, value in self._layout.values(group, places.made[group.target], places.shapes).items():
+                self._hash((each, str(tuple(value.shape))), value)
+        return self._checksums.get((name, str(shape)))
+
+    def _hash(self, key: tuple[str, ...], value: Tensor) -> str:
+        if key not in self._checksums:
+            self._checksums[key] = checksum(value)
+        return self._checksums[key]
 
 
 def _compare(
@@ -85,10 +94,13 @@ def _compare(
 ) -> None:
     tensors = live.tensors(places)
     root = live.names.root
-    ignored = [re.compile(pattern) for pattern in getattr(root, "_keys_to_ignore_on_load_unexpected", None) or ()]
-    absent = [name for name in places.absent if not any(pattern.search(name) for pattern in ignored)]
-    method = quantisation(getattr(root, "config", None))
-    quantised = [f"{name} is {kind}" for name, t in tensors.items() if (kind := quantised_as(t.like, method))]
+    config = getattr(root, "config", None)
+    unloaded = Unloaded(config, root)
+    absent = [name for name in places.absent if not unloaded(name, places.shapes[name])]
+    method = quantisation(config)
+    read = {name: t.like for name, t in tensors.items()}
+    read |= {name: live.parameters[live.names.plain[name]] for made in places.made.values() for name in made}
+    quantised = [f"{name} is {kind}" for name, tensor in read.items() if (kind := quantised_as(tensor, method))]
     quantised += [f"it does not hold {name} as a weight" for name in absent if method]
     if quantised:
         raise AlignvecError(
@@ -104,7 +116,7 @@ def _compare(
         tensor = tensors.get(name)
         if tensor is None or tuple(tensor.like.shape) != tuple(identity.shape):
             wrong.append(name)
-        elif live.checksum(tensor) not in (identity.checksum, identity.float16):
+        elif not identity.has(tensor.checksum() or ""):
             narrowed = tensor.like.dtype == torch.float16 and identity.dtype != "float16" and identity.float16 is None
             (unknown if narrowed else wrong).append(name)
     if unknown and not wrong:
@@ -119,14 +131,25 @@ def _compare(
             f"vector {label!r} was extracted from a different base: {len(wrong)} of {len(base)} tensors differ "
             f"({summary(wrong, separator=', ')}); {_remedy(live.model)}"
         )
-    sizes = {} if not absent or vector.base is None else vector.base.config
-    here = identifying(getattr(root, "config", None)) if sizes else {}
-    for key in sizes.keys() & here.keys() - {"model_type"}:
-        if sizes[key] != here[key]:
+    if (head := places.head) is not None and not head.bare and not head.follows:
+        raise own_head(label, type(root).__name__, head.live, head.embedding)
+    _require_sizes(label, vector, config, absent)
+
+
+def _require_sizes(label: str, vector: AlignmentVector, config: Any, absent: list[str]) -> None:
+    """The configuration of the base is the model's, or that of the text model inside of it.
+
+    absent: what the model lacks, which is said where its sizes are others.
+    """
+    assert vector.base is not None
+    text = config.get_text_config() if hasattr(config, "get_text_config") else None
+    whole, part = identifying(config), identifying(text)
+    lacks = f", which lacks {summary(absent, separator=', ')}" if absent else ""
+    for key, size in vector.base.config.items():
+        if key != "model_type" and key in whole and size not in (whole[key], part.get(key)):
             raise AlignvecError(
-                f"vector {label!r} was extracted from a different base: its {key} is {sizes[key]}, the model's "
-                f"{here[key]}, which lacks {summary(absent, separator=', ')}; load that base, or attach with "
-                "transfer=True"
+                f"vector {label!r} was extracted from a different base: its {key} is {size}, the model's {whole[key]}"
+                f"{lacks}; load that base, or attach with transfer=True"
             )
 
 

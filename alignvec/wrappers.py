@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable
 
 from torch import nn
@@ -28,6 +29,34 @@ def plain_names(names: Iterable[str]) -> dict[str, str]:
     return dict(zip(listed, stripped, strict=True))
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of torch.compile, data parallelism, a PEFT model or its tuner; any other as it is.
+
+    PEFT's layers, which take the place of modules inside of the model, stay.
+    """
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = model.module
+        elif inner is None and "peft" in sys.modules:
+            inner = _inside_peft(model)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def _inside_peft(model: nn.Module) -> nn.Module | None:
+    from peft import PeftMixedModel, PeftModel
+    from peft.tuners.tuners_utils import BaseTuner
+
+    if isinstance(model, PeftModel):
+        found: nn.Module = model.get_base_model()
+        return found
+    if isinstance(model, PeftMixedModel):
+        return model.base_model
+    return model.model if isinstance(model, BaseTuner) else None
+
+
 def inner_model(model: nn.Module) -> tuple[str, nn.Module]:
     """The transformers model inside whatever wraps it, and its path; `model` itself where there is none, or several."""
     from transformers import PreTrainedModel
@@ -50,6 +79,12 @@ def live_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     inside = {name: name.removeprefix(prefix) for name in names if name.startswith(prefix)}
     plain = plain_names(inside.values())
     return {name: plain[short] for name, short in inside.items()}
+
+
+def is_persistent(model: nn.Module, name: str) -> bool:
+    """Whether checkpoints of the model hold its buffer of this name."""
+    path, _, leaf = name.rpartition(".")
+    return leaf not in model.get_submodule(path)._non_persistent_buffers_set
 
 
 def is_adapter(name: str) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import alignvec
@@ -66,15 +67,77 @@ def test_one_expert_of_many_gives_the_others_no_delta(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("transfer", [False, True])
-def test_experts_that_are_not_all_there_are_refused(tmp_path: Path, transfer: bool) -> None:
-    live, _, *files = pair(new("Mixtral", num_local_experts=4), tmp_path)
+@pytest.mark.parametrize("experts", [(1,), (0, 1, 2), (1, 3)])
+def test_some_experts_of_a_vector_that_names_no_base(tmp_path: Path, experts: tuple[int, ...], transfer: bool) -> None:
+    live, aligned, *files = pair(new("Mixtral", num_local_experts=4), tmp_path)
+    whole = alignvec.extract(*files, dtype="float32")
+    marks = tuple(f".experts.{number}." for number in experts)
+    some = AlignmentVector({n: d for n, d in whole.items() if any(mark in n for mark in marks)})
+    moved = added(live, some, transfer=transfer)
+    for name, value in live.named_parameters():
+        expected = value.detach().double()
+        if ".experts." in name:
+            expected[list(experts)] = aligned.get_parameter(name).double()[list(experts)]
+        torch.testing.assert_close(moved[name], expected, rtol=0, atol=1e-6)
+    for count in (1, 2, 3):
+        if count <= max(experts):
+            fewer = new("Mixtral", num_local_experts=count, num_experts_per_tok=1)
+            with pytest.raises(AlignvecError, match=r"\.w1\.weight.* do not make up model.layers.0.mlp.experts"):
+                alignvec.attach(fewer, {"v": some}, transfer=transfer)
+
+
+def test_experts_of_a_larger_model_are_refused(tmp_path: Path) -> None:
+    _, _, *files = pair(new("Mixtral", num_local_experts=4), tmp_path)
     whole = alignvec.extract(*files)
-    some = {n: d for n, d in whole.items() if ".experts.3." not in n}
-    with pytest.raises(AlignvecError, match=r"experts.0.w1.weight.* do not make up model.layers.0.mlp.experts"):
-        alignvec.attach(live, {"v": AlignmentVector(some, None)}, transfer=transfer)
     fewer = new("Mixtral", num_local_experts=2)
-    with pytest.raises(AlignvecError, match=r"do not make up|does not have|has shape"):
-        alignvec.attach(fewer, {"v": whole}, transfer=True)
+    for vector in (whole, AlignmentVector(dict(whole.items()))):
+        with pytest.raises(AlignvecError, match=r"do not make up|does not have|has shape"):
+            alignvec.attach(fewer, {"v": vector}, transfer=True)
+
+
+def qwen3_vl_moe(hidden: int) -> nn.Module:
+    torch.manual_seed(0)
+    text = dict(vocab_size=96, hidden_size=hidden, intermediate_size=96, moe_intermediate_size=32, num_experts=4)
+    text |= dict(num_experts_per_tok=2, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
+    vision = dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=hidden, patch_size=4)
+    config = transformers.Qwen3VLMoeConfig(
+        text_config={**text, "rope_parameters": rope, "decoder_sparse_step": 1},
+        vision_config={**vision, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+    )
+    model = transformers.Qwen3VLMoeForConditionalGeneration(config).eval()
+    for name, parameter in model.named_parameters():
+        if "experts" in name:
+            nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+@pytest.mark.parametrize("transfer", [False, True])
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("hidden", [48, 64])  # with 64, gate_up_proj is square, which transformers loads as it is
+def test_experts_stored_transposed_under_the_name_that_they_are_loaded_by(
+    tmp_path: Path, hidden: int, named: bool, transfer: bool
+) -> None:
+    model = qwen3_vl_moe(hidden)
+    paths = tmp_path / "base", tmp_path / "aligned"
+    for each, path in zip((model, tuned(model)), paths, strict=True):
+        each.save_pretrained(path)
+        file = path / "model.safetensors"
+        stored = {n: t.transpose(1, 2).contiguous() if "experts" in n else t for n, t in load_file(file).items()}
+        save_file(stored, file, {"format": "pt"})
+    live, aligned = (type(model).from_pretrained(path) for path in paths)
+    vector = alignvec.extract(*paths, dtype="float32")
+    vector = vector if named else AlignmentVector(dict(vector.items()))
+    if not transfer:
+        verify_base(live, {"v": vector})
+    moved = added(live, vector, transfer=transfer)
+    for name, value in aligned.named_parameters():
+        torch.testing.assert_close(moved[name], value.double(), rtol=0, atol=1e-6)
+    if named and not transfer:
+        with torch.no_grad():
+            live.get_parameter("model.language_model.layers.0.mlp.experts.down_proj")[1, 0, 0] += 1
+        with pytest.raises(AlignvecError, match=r"1 of \d+ tensors differ \(model.*experts.down_proj\)"):
+            verify_base(live, {"v": vector})
 
 
 def test_a_lossless_vector_of_files_needs_its_own_base_under_transfer(tmp_path: Path) -> None:

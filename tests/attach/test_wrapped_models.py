@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import peft
@@ -15,6 +16,7 @@ from alignvec import AlignvecError
 from alignvec.fingerprint import identify
 from alignvec.names import parameter_names, resolve
 from alignvec.verify import verify_base
+from alignvec.wrappers import unwrapped
 from tests.attach.transferred import added, new, tuned
 
 
@@ -111,3 +113,15 @@ def test_vectors_of_wrapped_models_have_plain_names() -> None:
         assert all(torch.equal(vector[name], delta) for name, delta in expected.items())
     with pytest.raises(AlignvecError, match=r"not merged into its weights .*lora_A.*from_peft"):
         alignvec.extract(base, adapted(tuned(base), "q_proj"))
+
+
+def test_every_wrapper_is_taken_off_from_the_outside() -> None:
+    base = new("Llama")
+    adapted = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules=["q_proj"]))
+    inside = adapted.base_model.model
+    for model in (adapted, adapted.base_model, torch.compile(adapted), nn.DataParallel(adapted)):
+        assert unwrapped(model) is inside
+    for model in (base, torch.compile(base), torch.compile(nn.DataParallel(base))):
+        assert unwrapped(model) is base
+    mixed = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules=["q_proj"]), mixed=True)
+    assert unwrapped(mixed) is mixed.base_model.model

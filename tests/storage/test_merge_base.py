@@ -57,12 +57,16 @@ def test_what_no_model_loads_may_be_missing(tmp_path: Path) -> None:
 def test_a_parameter_may_not_be_missing_nor_a_head_be_more(tmp_path: Path) -> None:
     part = weights()
     del part["model.norm.weight"]
-    with pytest.raises(AlignvecError, match=r"different base.*model\.norm\.weight: missing there.*: use the one"):
+    with pytest.raises(AlignvecError, match=r"different base.*model\.norm\.weight: missing in part.*: use the one"):
         merge(write_checkpoint(tmp_path / "part", part), {"v": vector(weights())}, {"v": 1}, tmp_path / "m")
+    other = write_checkpoint(tmp_path / "deeper", weights(), num_hidden_layers=3)
+    deeper = AlignmentVector({MATRIX: torch.ones(24, 24)}, identify(floating(weights()), {"num_hidden_layers": 2}))
+    with pytest.raises(AlignvecError, match=r"num_hidden_layers: 2 in the vector's base, 3 in deeper"):
+        merge(other, {"v": deeper}, {"v": 1}, tmp_path / "m")
     tied = weights()
     del tied[HEAD]
     base = write_checkpoint(tmp_path / "base", weights())
-    with pytest.raises(AlignvecError, match=r"different base.*lm_head\.weight: missing here.*: use the one"):
+    with pytest.raises(AlignvecError, match=r"different base.*lm_head\.weight of base has values of its own"):
         merge(base, {"v": vector(tied)}, {"v": 1}, tmp_path / "m", transfer=True)
 
 
