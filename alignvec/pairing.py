@@ -42,7 +42,10 @@ def alike(left: Source, right: Source) -> Source:
         for prefix in [name.removesuffix(longest) for name in here if name.endswith(f".{longest}")]:
             names = {f"{prefix}{name}": name for name in there}
             if sum(name in names for name in here) * 2 > len(there):
-                return right.renamed({b: a for a, b in names.items()} if here is ours else names)
+                beside = [*right.buffers, *right.computed] if isinstance(right, LiveSource) else []
+                if here is theirs:
+                    return right.renamed(names | {name: name.removeprefix(prefix) for name in beside})
+                return right.renamed({b: a for a, b in names.items()} | {name: f"{prefix}{name}" for name in beside})
     return right
 
 
