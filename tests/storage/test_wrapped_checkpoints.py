@@ -193,3 +193,13 @@ def test_a_buffer_that_moved_is_found_on_a_bare_backbone(bare: str) -> None:
     found = {name.removeprefix("model."): vector[name] for name in vector}
     assert found.keys() == {"layers.1.mlp.gate.e_score_correction_bias", "norm.weight"}
     assert torch.equal(found["layers.1.mlp.gate.e_score_correction_bias"], moved)
+
+
+def test_a_live_model_that_transposes_what_it_loads_is_to_be_saved_first(tmp_path: Path) -> None:
+    base = {"experts.up": torch.randn(2, 4, 6), "norm.weight": torch.ones(4)}
+    folder = write_checkpoint(tmp_path / "b", base)
+    live = nn.Module()
+    live.experts, live.norm = nn.Module(), nn.LayerNorm(4, bias=False)
+    live.experts.up = nn.Parameter(base["experts.up"].transpose(1, 2) + 1)
+    with pytest.raises(AlignvecError, match=r"shapes differ.*save Module \(save_pretrained\) and extract from the two"):
+        extract(folder, live)
