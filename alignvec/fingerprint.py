@@ -11,12 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from alignvec.errors import AlignvecError
+from alignvec.sums import ROW, Sums, as_float16, sums
 from alignvec.wrappers import inner_model, is_adapter, live_names
 
-WORDS = 4096  # int64 words a row
-ROW = 4 * WORDS  # bfloat16 values a row
 STEP = 128 * ROW  # values converted at a time: 4 MiB of bfloat16
-NARROWED = 1 << 15  # values rounded to float16 at a time
 
 CONFIG_KEYS = (
     "model_type",
@@ -58,12 +56,20 @@ class Checksum:
             if head.numel() < ROW:
                 self._rest = head
                 return self
-            self._rows(head)
+            self._add(sums(head))
         whole = values.numel() - values.numel() % ROW
         for start in range(0, whole, STEP):
-            self._rows(values[start : min(start + STEP, whole)].to(torch.bfloat16))
+            self._add(sums(values[start : min(start + STEP, whole)].to(torch.bfloat16)))
         if whole < values.numel():
             self._rest = values[whole:].to(torch.bfloat16, copy=True)
+        return self
+
+    def add(self, piece: Sums) -> Checksum:
+        """Take the next values by their sums; all pieces but a tensor's last have to fill their rows."""
+        if self._count % ROW:
+            raise ValueError("the values before do not fill their row: give the next ones to update")
+        self._count += piece.numel
+        self._add(piece)
         return self
 
     def hexdigest(self) -> str:
@@ -71,25 +77,18 @@ class Checksum:
         digest = self._hash.copy()
         columns = self._columns
         if self._rest is not None:
-            row = self._words(nn.functional.pad(self._rest, (0, ROW - self._rest.numel())))
-            digest.update(row.sum(1).cpu().numpy().tobytes())
-            columns = row[0] if columns is None else columns + row[0].to(columns.device)
+            last = sums(self._rest)
+            digest.update(last.rows.cpu().numpy().tobytes())
+            columns = last.columns if columns is None else columns + last.columns.to(columns.device)
         if columns is not None:
             digest.update(columns.cpu().numpy().tobytes())
         digest.update(self._count.to_bytes(8, "little"))
         return digest.hexdigest()[:16]
 
-    def _rows(self, values: Tensor) -> None:
-        words = self._words(values)
-        self._hash.update(words.sum(1).cpu().numpy().tobytes())
-        columns = words.sum(0)
+    def _add(self, piece: Sums) -> None:
+        self._hash.update(piece.rows.cpu().numpy().tobytes())
+        columns = piece.columns
         self._columns = columns if self._columns is None else self._columns.to(columns.device) + columns
-
-    @staticmethod
-    def _words(values: Tensor) -> Tensor:
-        if values.storage_offset() % 4:  # an int64 view has to start on a word
-            values = values.clone()
-        return values.view(torch.int64).view(-1, WORDS)
 
 
 def checksum(tensor: Tensor) -> str:
@@ -101,19 +100,9 @@ def checksum(tensor: Tensor) -> str:
     return Checksum().update(tensor).hexdigest()
 
 
-def narrowed(values: Tensor) -> Tensor | None:
+def narrowed(values: Tensor) -> Tensor:
     """Flat values as a float16 model has them, rounded to bfloat16 for the checksum; float16 values' very bits."""
-    flat = values.detach().reshape(-1)
-    if values.dtype == torch.float16:
-        return exact(flat, "float16")
-    out = torch.empty(flat.numel(), dtype=torch.bfloat16, device=flat.device)
-    # By way of float32, which CPUs convert the fastest, in pieces that stay in cache.
-    step = NARROWED if flat.device.type == "cpu" else STEP
-    for start in range(0, flat.numel(), step):
-        piece = flat[start : start + step]
-        wide = piece if piece.dtype == torch.float64 else piece.float()
-        out[start : start + step].copy_(wide.half().float())
-    return out
+    return exact(values.reshape(-1), "float16") if values.dtype == torch.float16 else as_float16(values)
 
 
 def exact(values: Tensor, dtype: str) -> Tensor:
@@ -165,9 +154,8 @@ class TensorIdentity:
     @classmethod
     def of(cls, tensor: Tensor) -> TensorIdentity:
         """The identity of a floating tensor on any device."""
-        narrow = narrowed(tensor)
-        plain = checksum(tensor)
-        return cls(tuple(tensor.shape), dtype_name(tensor.dtype), plain, plain if narrow is None else checksum(narrow))
+        digits = checksum(tensor), checksum(narrowed(tensor))
+        return cls(tuple(tensor.shape), dtype_name(tensor.dtype), *digits)
 
 
 @dataclass(frozen=True)

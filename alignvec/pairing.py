@@ -42,7 +42,10 @@ def alike(left: Source, right: Source) -> Source:
         for prefix in [name.removesuffix(longest) for name in here if name.endswith(f".{longest}")]:
             names = {f"{prefix}{name}": name for name in there}
             if sum(name in names for name in here) * 2 > len(there):
-                return right.renamed({b: a for a, b in names.items()} if here is ours else names)
+                beside = [*right.buffers, *right.computed] if isinstance(right, LiveSource) else []
+                if here is theirs:
+                    return right.renamed(names | {name: name.removeprefix(prefix) for name in beside})
+                return right.renamed({b: a for a, b in names.items()} | {name: f"{prefix}{name}" for name in beside})
     return right
 
 
@@ -59,7 +62,7 @@ def match(left: Source, right: Source, dtype: torch.dtype | None) -> Plan:
         advice = ""
         if any(line.split(" is ")[0].endswith(EMBEDDINGS + HEADS) for line in lines):
             advice = " (was the vocabulary resized? resize the base's embeddings alike and save it before extracting)"
-        raise AlignvecError(f"shapes differ: {summary(lines)}{advice}")
+        raise AlignvecError(f"shapes differ: {summary(lines)}{advice or _save_first(left, right)}")
     floating = {name: info for name, info in ours.items() if info.dtype.is_floating_point}
     lines = [
         f"{name} is {dtype_name(info.dtype)} in {left.label} and {dtype_name(theirs[name].dtype)} in {right.label}"
@@ -104,8 +107,7 @@ def _shared(left: Source, right: Source) -> tuple[dict[str, TensorInfo], dict[st
                     f"{side.label} has a PEFT adapter that is not merged into its weights ({adapter}): merge a copy "
                     "(merge_and_unload), or read the adapter itself with from_peft"
                 )
-        live = [side.label for side in (left, right) if isinstance(side, LiveSource)]
-        advice = f"; save {live[0]} (save_pretrained) and extract from the two checkpoints" if len(live) == 1 else ""
+        advice = _save_first(left, right)
         raise AlignvecError(f"{left.label} and {right.label} hold different tensors: {summary(lines)}{advice}")
     _drop_copied_heads(left, right, ours, theirs)
     return ours, theirs, alone
@@ -167,6 +169,12 @@ def tied_to(source: Source, head: str) -> str | None:
         if all(torch.equal(*pair) for pair in zip(source.chunks(name), source.chunks(head), strict=True)):
             return name
     return None
+
+
+def _save_first(left: Source, right: Source) -> str:
+    """Advice for a checkpoint and a live model, which transformers may hold in another layout than it stores."""
+    live = [side.label for side in (left, right) if isinstance(side, LiveSource)]
+    return f"; save {live[0]} (save_pretrained) and extract from the two checkpoints" if len(live) == 1 else ""
 
 
 def require_equal(left: Source, right: Source, differing: list[str]) -> None:

@@ -81,7 +81,7 @@ class LiveSource:
         here = live_names(model, [*parameters, *buffers]) if plain else {name: name for name in [*parameters, *buffers]}
         self._values: dict[str, Tensor] = {here[n]: t for n, t in [*parameters.items(), *buffers.items()] if n in here}
         self.tensors = {here[n]: TensorInfo(p.dtype, tuple(p.shape)) for n, p in parameters.items() if n in here}
-        persistent = {n for n in buffers if n in here and _persistent(model, n)}
+        persistent = {n for n in buffers if n in here and is_persistent(model, n)}
         self.buffers = {here[n]: TensorInfo(b.dtype, tuple(b.shape)) for n, b in buffers.items() if n in persistent}
         self.computed = {here[name] for name in buffers if name in here and name not in persistent}
         for name in self.tensors:
@@ -106,10 +106,14 @@ class LiveSource:
         twin = copy.copy(self)
         twin._values = {names.get(name, name): value for name, value in self._values.items()}
         twin.tensors = {names.get(name, name): info for name, info in self.tensors.items()}
+        twin.buffers = {names.get(name, name): info for name, info in self.buffers.items()}
+        twin.computed = {names.get(name, name) for name in self.computed}
+        twin._flat = ("", torch.empty(0))
         return twin
 
 
-def _persistent(model: nn.Module, name: str) -> bool:
+def is_persistent(model: nn.Module, name: str) -> bool:
+    """Whether a checkpoint of the model holds the buffer of this name."""
     path, _, leaf = name.rpartition(".")
     return leaf not in model.get_submodule(path)._non_persistent_buffers_set
 

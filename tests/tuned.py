@@ -11,7 +11,7 @@ from torch import nn
 
 import alignvec
 
-_SIZES = dict(
+SIZES = dict(
     vocab_size=96,
     hidden_size=32,
     intermediate_size=48,
@@ -30,7 +30,7 @@ IDS = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(0))
 def built(config: str, auto: Any = transformers.AutoModelForCausalLM, **options: Any) -> nn.Module:
     """A model with random weights by the name of its configuration, in eval mode."""
     torch.manual_seed(0)
-    return auto.from_config(getattr(transformers, config)(**{**_SIZES, **options})).eval()
+    return auto.from_config(getattr(transformers, config)(**{**SIZES, **options})).eval()
 
 
 def tuned(model: nn.Module, only: str = "") -> nn.Module:

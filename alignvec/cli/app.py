@@ -60,7 +60,7 @@ app.command()(distil)
 app.add_typer(surgery, name="surgery")
 
 VectorOption = Annotated[list[str], typer.Option("--vector", "-v", help="NAME=FOLDER of a vector; repeatable.")]
-TransferOption = Annotated[bool, typer.Option("--transfer", help="The vectors come from another base, on purpose.")]
+TransferOption = Annotated[bool, typer.Option("--transfer", help="The vectors come from a different base, on purpose.")]
 FORMAT = "dense, lossless, int8, int4:group=64, sign, low-rank:rank=16, sparse:density=0.1, auto:0.25, ..."
 IncludeOption = Annotated[
     list[str] | None,

@@ -58,7 +58,7 @@ def evaluate(
     device: DeviceOption = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     transfer: Annotated[
-        bool, typer.Option("--transfer", help="The vectors come from another base, on purpose.")
+        bool, typer.Option("--transfer", help="The vectors come from a different base, on purpose.")
     ] = False,
 ) -> None:
     """Measure which level's stored response a model finds likeliest, under mixes or over a vector's coefficients.

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from alignvec.cli.options import DeviceOption, console, device_or_default, mix, model_folder, vectors
-from alignvec.errors import AlignvecError
+from alignvec.errors import AlignvecError, RowsError
 
 
 def generate(
@@ -25,7 +25,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     device: DeviceOption = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    transfer: Annotated[bool, typer.Option(help="The vectors come from another base, on purpose.")] = False,
+    transfer: Annotated[bool, typer.Option(help="The vectors come from a different base, on purpose.")] = False,
 ) -> None:
     """Answer a prompt under one or several mixes, as the rows of one batch.
 
@@ -56,8 +56,12 @@ def generate(
     }
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     torch.manual_seed(seed)
-    with torch.inference_mode():
-        output = net.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **sampling)
+    limits = {"max_new_tokens": max_new_tokens, "pad_token_id": tokenizer.pad_token_id}
+    try:
+        with torch.inference_mode():
+            output = net.generate(**inputs, **limits, **sampling)
+    except RowsError as refusal:
+        raise AlignvecError(f"{refusal.problem}; give one --mix") from None
     for row, wanted in zip(output[:, inputs["input_ids"].shape[1] :], requested, strict=True):
         name = ", ".join(f"{k}={v:g}" for k, v in wanted.items()) or "base"
         answer = tokenizer.decode(row, skip_special_tokens=True).strip()

@@ -44,7 +44,7 @@ def search(
     seed: Annotated[int, typer.Option(help="Of tpe, gp and nsga2.")] = 0,
     device: DeviceOption = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    transfer: Annotated[bool, typer.Option(help="The vectors come from another base, on purpose.")] = False,
+    transfer: Annotated[bool, typer.Option(help="The vectors come from a different base, on purpose.")] = False,
 ) -> None:
     """Find the mix whose preference rates come closest to a target; no mix is measured twice.
 

@@ -141,7 +141,9 @@ def apply(encoded: Encoded, base: Tensor, rows: slice | None = None) -> Tensor:
         number = ordered(base[block]).to(torch.int32) + bits.unpack(encoded.parts["steps"][own], width, cols)
         number -= 1 << (width - 1)
         if number.numel() and not (-bounds - 1 <= number.amin() and number.amax() <= bounds):
-            raise AlignvecError("a lossless delta leads out of the numbers' range: it was encoded against another base")
+            raise AlignvecError(
+                "a lossless delta leads out of the numbers' range: it was encoded against a different base"
+            )
         h = number.to(torch.int16)
         h ^= (h >> 15) & 0x7FFF
         row, column, aside = _side(encoded, own)

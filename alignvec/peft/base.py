@@ -21,7 +21,12 @@ MERGE_INSTEAD = "merge the adapter with PEFT's merge_and_unload and extract the 
 
 
 class Base:
-    """`names` maps every live parameter name, all that a tied one goes by, to the name that a vector has for it."""
+    """`names` maps every live parameter name, all that a tied one goes by, to the name that a vector has for it.
+
+    `whole` is False where only what an adapter's own tensors say of its base is known.
+    """
+
+    whole = True
 
     def __init__(self, model: nn.Module, source: StoredSource | dict[str, Tensor], names: dict[str, str], label: str):
         self.model, self.source, self.names, self.label = model, source, names, label

@@ -75,20 +75,20 @@ def require_plain(config: Mapping[str, Any], label: str) -> None:
 def lora_config(config: Mapping[str, Any], label: str) -> LoraConfig:
     """An adapter's stored configuration as PEFT's, without what initialises, trains or imports anything.
 
-    Raises AlignvecError for ranks and alphas that are no positive numbers, patterns that are no regular expressions,
-    and what PEFT itself refuses.
+    Raises AlignvecError for ranks that are no positive numbers, alphas that are zero or not finite, patterns that are
+    no regular expressions, and what PEFT itself refuses.
     """
     from peft import LoraConfig
 
     for default in ("r", "lora_alpha"):
         if default in config:
-            _require_positive(config[default], default, label)
+            _require_number(config[default], default, label, signed=default == "lora_alpha")
     for name in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(name) or {}
         if not isinstance(patterns, dict):
             raise AlignvecError(f"adapter {label} has {name}={patterns!r}: it has to map expressions to numbers")
         for key, value in patterns.items():
-            _require_positive(value, f"{name}[{key!r}]", label)
+            _require_number(value, f"{name}[{key!r}]", label, signed=name == "alpha_pattern")
             try:
                 re.compile(key)
             except re.error as error:
@@ -103,7 +103,10 @@ def lora_config(config: Mapping[str, Any], label: str) -> LoraConfig:
         raise AlignvecError(f"adapter {label} has a configuration that PEFT refuses: {error}") from error
 
 
-def _require_positive(value: object, name: str, label: str) -> None:
-    if type(value) not in (int, float) or not 0 < value < LARGEST:  # type: ignore[operator]
-        shown = str(value)[:40] if type(value) is not int or value < LARGEST else "too large"
-        raise AlignvecError(f"adapter {label} has {name} {shown}: it has to be positive and below {LARGEST}")
+def _require_number(value: object, name: str, label: str, *, signed: bool) -> None:
+    """A rank is positive; an alpha may be negative, which subtracts what the adapter learnt."""
+    size = abs(value) if signed and type(value) in (int, float) else value  # type: ignore[arg-type]
+    if type(size) not in (int, float) or not 0 < size < LARGEST:  # type: ignore[operator]
+        shown = str(value)[:40] if type(size) is not int or size < LARGEST else "too large"
+        wanted = f"other than 0 and within {LARGEST}" if signed else f"positive and below {LARGEST}"
+        raise AlignvecError(f"adapter {label} has {name} {shown}: it has to be {wanted}")

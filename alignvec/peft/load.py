@@ -22,6 +22,8 @@ def from_peft(adapter: str | Path | nn.Module, base: str | Path | nn.Module | No
     LoRA of linear layers, Conv1D (GPT-2) and embeddings becomes low-rank, the scale folded into one factor: bfloat16
     where that is exact, else float32. Several adapters on one weight become one product of the sum of their ranks.
     Trained biases, `modules_to_save`, trained tokens and experts' parameters (`target_parameters`) become dense deltas.
+    An adapter on an embedding and its tied head (`ensure_weight_tying`) is read as its forward has it, once: PEFT's
+    `merge_and_unload` adds it to the shared weight twice.
 
     Args:
         adapter: the folder of a saved adapter, or a live model with adapters: a `PeftModel`, or a transformers model

@@ -69,7 +69,9 @@ class StoredAdapter:
         model = nn.Module()
         wrappers.grow(model, layers, self.label)
         names = {name: name for name, _ in model.named_parameters()}
-        return Base(model, dict(model.named_parameters()), names, "the modules that it edits")
+        known = Base(model, dict(model.named_parameters()), names, "the modules that it edits")
+        known.whole = False
+        return known
 
     def checkpoint_layout(self, base: Base) -> Base:
         """The base with linear layers for tensors of its files that the live model joins, if the adapter names such.
@@ -203,6 +205,11 @@ class StoredAdapter:
         if path != key and ".base_layer" not in path and path not in dict(wrappers.modules(base.model)):
             raise AlignvecError(
                 f"adapter {self.label} holds {key}, and {base.label} has no module {path}: give the adapter's own base"
+            )
+        if self.lora.ensure_weight_tying and not base.whole:
+            raise AlignvecError(
+                f"adapter {self.label} has ensure_weight_tying and holds {key}, whose place depends on what its base "
+                "ties together: give the base"
             )
         raise AlignvecError(
             f"adapter {self.label} holds {key}, which PEFT does not load onto {base.label} with the adapter's "

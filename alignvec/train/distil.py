@@ -74,7 +74,7 @@ def distil(
         progress: called with the number of steps done and the loss.
 
     Raises:
-        AlignvecError: a vector without scales, vectors of another base, no texts, an option out of range.
+        AlignvecError: a vector without scales, vectors of different bases, no texts, an option out of range.
     """
     for name, value in (("steps", steps), ("batch_size", batch_size), ("learning_rate", learning_rate)):
         if not 0 < value < math.inf:

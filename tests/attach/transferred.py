@@ -11,16 +11,9 @@ from torch import nn
 from alignvec import AlignmentVector
 from alignvec.formats import decode
 from alignvec.names import live_deltas, parameter_names
+from tests.tuned import SIZES
 
-SMALL = dict(
-    vocab_size=96,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-)
+SMALL = SIZES
 VISION = dict(
     hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, image_size=28, patch_size=14
 )

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import alignvec
 from alignvec.cli import main
+from alignvec.errors import RowsError
 from alignvec.recipes import model_path
 from tests.models import tiny
 
@@ -206,3 +207,15 @@ def test_the_demo_shows_rates_answers_and_a_mixed_batch(cli, tmp_path: Path) -> 
     assert "microseconds" in output
     assert (tmp_path / "out/level-rates.png").stat().st_size > 10_000
     assert (tmp_path / "out/level-rates.md").read_text().count("|") > 40
+
+
+def test_mixes_that_a_model_s_rows_cannot_differ_in(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    def refused(*arguments: object, **options: object) -> None:
+        raise RowsError("the model sorts the tokens of its rows")
+
+    base = str(model_path("base"))
+    assert cli("extract", base, str(model_path("legal")), str(tmp_path / "av"))[0] == 0
+    monkeypatch.setattr("transformers.GenerationMixin.generate", refused)
+    status, _, error = cli("generate", base, "hello", "-v", f"m={tmp_path / 'av'}", "-m", "m=1", "-m", "m=-1")
+    assert status == 2
+    assert "the model sorts the tokens of its rows; give one --mix" in " ".join(error.split())

@@ -9,19 +9,8 @@ import torch
 import transformers
 from torch import nn
 
-_COMMON: dict[str, Any] = dict(
-    vocab_size=96,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=128,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
+from tests.tuned import SIZES
+
 _GPT: dict[str, Any] = dict(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=1)
 _SMALL: dict[str, Any] = dict(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
 _EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16)
@@ -130,7 +119,7 @@ def built(family: str, dtype: torch.dtype = torch.float32) -> Any:
     """A model of the family with random weights, whose greedy texts do not repeat one token."""
     name, changes = FAMILIES[family]
     own = any(key in changes for key in ("d_model", "n_embd", "n_layer", "num_heads", "state_size", "vocab_size"))
-    options = changes if own else {key: value for key, value in (_COMMON | changes).items() if value is not None}
+    options = changes if own else {key: value for key, value in (SIZES | changes).items() if value is not None}
     if changes.get("sliding_window", 0) is None:
         options["sliding_window"] = None
     if changes.get("q_lora_rank", 0) is None:

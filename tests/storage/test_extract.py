@@ -16,12 +16,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import alignvec
-from alignvec import extract
+from alignvec import extract, fingerprint, streaming, sums
+from alignvec.difference import difference
 from alignvec.errors import AlignvecError
-from alignvec.extract import difference
 from tests.storage.checkpoints import aligned, weights, write_checkpoint
 
-extract_module = sys.modules["alignvec.extract"]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
 
@@ -32,8 +31,10 @@ def same(one: alignvec.AlignmentVector, two: alignvec.AlignmentVector) -> bool:
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors come in several pieces."""
-    monkeypatch.setattr(extract_module, "CHUNK", 100)
-    monkeypatch.setattr(extract_module, "STEP", 32)
+    monkeypatch.setattr(sums, "WORDS", 25)
+    for module, name in ((sums, "ROW"), (fingerprint, "ROW"), (streaming, "CHUNK")):
+        monkeypatch.setattr(module, name, 100)
+    monkeypatch.setattr(sys.modules["alignvec.difference"], "STEP", 32)
 
 
 @pytest.mark.usefixtures("small_pieces")
@@ -54,7 +55,7 @@ def test_round_trip(tmp_path: Path, dtype: torch.dtype, shards: tuple[int, int])
         assert delta.dtype == dtype
         assert torch.equal(delta, (after[name].to(wide) - base[name].to(wide)).to(dtype))
     assert streamed.base is not None
-    assert streamed.base == alignvec.fingerprint.identify(base, {"model_type": "mistral", "hidden_size": 24})
+    assert streamed.base == fingerprint.identify(base, {"model_type": "mistral", "hidden_size": 24})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "v"]
 
 
@@ -219,7 +220,7 @@ def test_an_error_in_the_middle_leaves_nothing(
             raise KeyboardInterrupt
         return difference(*arguments)
 
-    monkeypatch.setattr(extract_module, "difference", interrupted)
+    monkeypatch.setattr(streaming, "difference", interrupted)
     threads = torch.get_num_threads()
     with pytest.raises(KeyboardInterrupt):
         extract(*pair, output=tmp_path / "v")
@@ -230,7 +231,7 @@ def test_an_error_in_the_middle_leaves_nothing(
 SLOW = """
 import signal, sys, time, alignvec
 signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background inherit that it is ignored
-module = sys.modules["alignvec.extract"]
+from alignvec import streaming as module
 whole = module.difference
 def slow(*arguments):
     time.sleep(0.3)

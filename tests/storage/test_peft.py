@@ -99,6 +99,14 @@ def test_the_scale_is_folded_in_exactly(alpha: int, dtype: torch.dtype, stored: 
     assert torch.equal(encoded.parts["B"].float(), b * (alpha / 4))
 
 
+def test_a_negative_alpha_subtracts_as_peft_does(tmp_path: Path) -> None:
+    model = tiny()
+    options: dict[str, Any] = dict(lora_alpha=-4, alpha_pattern={"k_proj": -0.5})
+    wrapped = adapted(model, target_modules=["q_proj", "k_proj"], **options)
+    for vector in (from_peft(wrapped), from_peft(saved(wrapped, tmp_path / "adapter"))):
+        assert_same(model, vector, wrapped)
+
+
 def test_another_active_adapter_is_imported_as_such() -> None:
     model = tiny()
     wrapped = adapted(model, target_modules=["q_proj"])

@@ -33,8 +33,9 @@ from tests.storage.adapters import adapted, change, saved  # noqa: E402
         (dict(init_lora_weights="pissa"), "init_lora_weights='pissa'"),
         (dict(peft_type="LOHA"), "of type LOHA"),
         (dict(r=3), "has rank 3, but it holds 4"),
-        (dict(lora_alpha=-1), "has to be positive"),
-        (dict(lora_alpha=None), "has to be positive"),
+        (dict(r=-1), "has to be positive"),
+        (dict(lora_alpha=0), "has to be other than 0"),
+        (dict(lora_alpha=None), "has to be other than 0"),
         (dict(alpha_pattern={"(": 3}), "no expression"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -178,4 +179,11 @@ def test_without_the_peft_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     folder = saved(adapted(tiny(), target_modules=["q_proj"]), tmp_path / "adapter")
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(AlignvecError, match="pip install peft"):
+        from_peft(folder)
+
+
+def test_a_tied_head_s_adapter_asks_for_the_base(tmp_path: Path) -> None:
+    options: dict[str, Any] = dict(target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True)
+    folder = saved(adapted(tiny("Qwen2"), **options), tmp_path / "adapter")
+    with pytest.raises(AlignvecError, match="give the base"):
         from_peft(folder)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -172,3 +173,33 @@ def test_live_models_are_read_not_written(format: str, to_disk: bool, tmp_path: 
         assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
     error = (vector["norm.weight"].float() - (after.norm.weight - base.norm.weight)).abs().max()
     assert float(error) < 1e-6
+
+
+@pytest.mark.parametrize("bare", ["aligned", "base", "both"])
+def test_a_buffer_that_moved_is_found_on_a_bare_backbone(bare: str) -> None:
+    sizes = dict(vocab_size=96, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2)
+    heads = dict(num_attention_heads=4, num_key_value_heads=4, q_lora_rank=8, kv_lora_rank=8, v_head_dim=8)
+    heads |= dict(qk_nope_head_dim=8, qk_rope_head_dim=8)
+    experts = dict(n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=1)
+    config = transformers.DeepseekV3Config(**sizes, **heads, **experts, tie_word_embeddings=True)
+    torch.manual_seed(0)
+    base = transformers.AutoModelForCausalLM.from_config(config)
+    after = copy.deepcopy(base)
+    moved = torch.tensor([0.5, -0.25, 0.0, 1.0])
+    after.model.layers[1].mlp.gate.e_score_correction_bias += moved
+    after.model.norm.weight.data += 0.25
+    left = base.model if bare in ("base", "both") else base
+    vector = extract(left, after.model if bare in ("aligned", "both") else after)
+    found = {name.removeprefix("model."): vector[name] for name in vector}
+    assert found.keys() == {"layers.1.mlp.gate.e_score_correction_bias", "norm.weight"}
+    assert torch.equal(found["layers.1.mlp.gate.e_score_correction_bias"], moved)
+
+
+def test_a_live_model_that_transposes_what_it_loads_is_to_be_saved_first(tmp_path: Path) -> None:
+    base = {"experts.up": torch.randn(2, 4, 6), "norm.weight": torch.ones(4)}
+    folder = write_checkpoint(tmp_path / "b", base)
+    live = nn.Module()
+    live.experts, live.norm = nn.Module(), nn.LayerNorm(4, bias=False)
+    live.experts.up = nn.Parameter(base["experts.up"].transpose(1, 2) + 1)
+    with pytest.raises(AlignvecError, match=r"shapes differ.*save Module \(save_pretrained\) and extract from the two"):
+        extract(folder, live)
