@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -23,6 +22,7 @@ from alignvec.names import Delta, live_deltas, parameter_names, parameter_value
 from alignvec.swaps import Swap
 from alignvec.vector import AlignmentVector
 from alignvec.verify import verify_base
+from alignvec.wrappers import unwrapped
 
 # Where torch itself keeps parameters: in dictionaries of its own, and of recurrent layers in a list that views replace.
 _OWN_REFERENCES = ("_parameters", "_buffers", "_modules", "_flat_weights")
@@ -74,6 +74,8 @@ def attach(
     for name, vector in vectors.items():
         if not isinstance(vector, AlignmentVector | str | Path):
             raise AlignvecError(f"vector {name!r} is a {type(vector).__name__}; give an AlignmentVector or its folder")
+    if any(isinstance(module, nn.DataParallel) for module in model.modules()):
+        raise AlignvecError("nn.DataParallel copies modules for every call; use DistributedDataParallel instead")
     model = unwrapped(model)
     if getattr(model, "alignment", None) is not None:
         raise AlignvecError("vectors are already attached to this model; call model.alignment.detach() first")
@@ -189,27 +191,6 @@ class _Walk:
                 ]
                 self._made[key] = Deltas(operands, transposed=transposed)
         return self._made[key]
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of what torch.compile, DistributedDataParallel and PEFT put around it.
-
-    Raises:
-        AlignvecError: nn.DataParallel, which copies its modules for every call.
-    """
-    inner: Any = model
-    while True:
-        if isinstance(inner, nn.DataParallel):
-            raise AlignvecError("nn.DataParallel copies modules for every call; use DistributedDataParallel instead")
-        if isinstance(inner, nn.parallel.DistributedDataParallel):
-            inner = inner.module
-        elif hasattr(inner, "_orig_mod"):
-            inner = inner._orig_mod
-        elif hasattr(inner, "peft_config") and hasattr(inner, "get_base_model"):
-            inner = inner.get_base_model()
-        else:
-            found: nn.Module = inner
-            return found
 
 
 def _fuse(model: nn.Module, swaps: Sequence[Swap]) -> None:

@@ -239,7 +239,7 @@ def _read(label: str, vector: AlignmentVector, name: str, value: Callable[[], Te
     if encoded.name != "lossless":
         return encoded
     current = value()
-    unnamed = vector.base is None and not transfer and current.dtype == DTYPES[str(encoded.options["dtype"])]
+    unnamed = vector.base is None and not transfer  # only names and shapes can be checked
     if unnamed or has_base_bits(vector, name, current):
         return encoded
     _require_bound(label, vector, name, transfer)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from alignvec.checkpoint import Checkpoint, TensorInfo
 from alignvec.errors import AlignvecError
-from alignvec.wrappers import inner_model, is_adapter, live_names, plain_names
+from alignvec.wrappers import inner_model, is_adapter, is_persistent, live_names, plain_names
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w.-]+)?")
 HUB_FILES = (
@@ -110,12 +110,6 @@ class LiveSource:
         twin.computed = {names.get(name, name) for name in self.computed}
         twin._flat = ("", torch.empty(0))
         return twin
-
-
-def is_persistent(model: nn.Module, name: str) -> bool:
-    """Whether a checkpoint of the model holds the buffer of this name."""
-    path, _, leaf = name.rpartition(".")
-    return leaf not in model.get_submodule(path)._non_persistent_buffers_set
 
 
 def open_source(source: str | Path | nn.Module, *, plain: bool = False) -> StoredSource | LiveSource:

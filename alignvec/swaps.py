@@ -29,6 +29,9 @@ class Swaps:
         self._places: list[tuple[nn.Module, str, nn.Module]] = []  # parent, name, view
         self.standing = False  # whether the views stand in the model, and not the originals
 
+    def __len__(self) -> int:
+        return len(self._swaps)
+
     def __iter__(self) -> Iterator[Swap]:
         return iter(self._swaps)
 

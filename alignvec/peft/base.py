@@ -95,7 +95,8 @@ class Base:
         """Reads every tensor once."""
         config = self.source.config if isinstance(self.source, StoredSource) else getattr(self.model, "config", None)
         names = self.source.tensors if isinstance(self.source, StoredSource) else self.source
-        return identify(((name, self._read(name)) for name in names), config)
+        once = [name for name in names if self.names.get(name, name) == name]  # a stored copy of a tied tensor is none
+        return identify(((name, self._read(name)) for name in once), config)
 
     def value(self, name: str) -> Tensor:
         """A parameter's value, by its live name. AlignvecError when there is none, or one in another layout."""

@@ -132,7 +132,7 @@ def sets(alignment: Alignment) -> dict[str, Call]:
 
     def both() -> None:
         one()
-        tables.publish()
+        tables.end(tables.begin(None))
 
     return {SET: one, PUBLISH: publish, SWITCH: both, SET_ROWS: lambda: alignment.set_rows(next(several))}
 
