@@ -230,13 +230,14 @@ def _distrust(edits: Sequence[Edit]) -> None:
     """Modules that stand side by side in a list (experts) and are not all called alike get tokens that the data choose,
     also where these came as many of either row by chance. So does one of a list that was not given all tokens."""
     beside: dict[str, list[Edit]] = defaultdict(list)
+    reached = {_last_number(edit.path)[:2] for edit in edits if edit.order is not None}
     for edit in edits:
         head, number, tail = _last_number(edit.path)
-        if number:
-            beside[f"{head}.*.{tail}"].append(edit)
+        if number and (edit.order is not None or (head, number) not in reached):  # else a part that its layer left out
+            beside[f"{head}.{number.rstrip('0123456789')}*.{tail}"].append(edit)
     for group in beside.values():
         called = [edit for edit in group if edit.order is not None]
-        sizes = {tuple(sorted((edit.order.tensors if edit.order else {}).items())) for edit in group}
+        sizes = {next(iter(edit.order.tensors.values()), None) if edit.order else None for edit in group}
         if called and (len(sizes) > 1 or not all(edit.order and edit.order.whole for edit in called)):
             for edit in called:
                 if edit.order is not None and edit.order.batch_major:

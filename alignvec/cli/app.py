@@ -68,7 +68,7 @@ IncludeOption = Annotated[
 ]
 ExcludeOption = Annotated[
     list[str] | None,
-    typer.Option("--exclude", metavar="PATTERN", help="Leave out tensors of names such as 'lm_head.*'; repeatable."),
+    typer.Option("--exclude", metavar="PATTERN", help="Leave out tensors of names such as '*norm*'; repeatable."),
 ]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
 
