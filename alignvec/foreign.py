@@ -35,7 +35,19 @@ _CASTS = ("float", "double", "to", "type", "type_as", "bfloat16", "half")
 _MEMORY = ("data_ptr", "untyped_storage", "storage", "numpy", "clone", "__dlpack__", "__dlpack_device__", "__array__")
 
 
-class Mix(Tensor):
+class _Foreign(Tensor):
+    """A tensor that stands for edited parameters: what asks for no value is answered, all else goes to `_call`."""
+
+    _call: Any  # of the function, its name, arguments and keyword arguments
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _METADATA:
+            return super().__torch_function__(func, types, args, kwargs or {})
+        return cls._call(func, getattr(func, "__name__", ""), args, kwargs or {})
+
+
+class Mix(_Foreign):
     """The mixed values of a parameter, rounded, and in `exact` float32."""
 
     exact: Tensor
@@ -50,11 +62,7 @@ class Mix(Tensor):
         return made
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in _METADATA:
-            return super().__torch_function__(func, types, args, kwargs)
-        name = getattr(func, "__name__", "")
+    def _call(cls, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
         if name == "detach":
             _refuse_reentrant(args[0].exact)
         if _writes(name, args, kwargs):  # to a tensor of the caller's, in its dtype
@@ -103,7 +111,7 @@ def _cast(func: Any, args: Any, kwargs: Any) -> Any:
     return exact.to(rounded.dtype, copy=True)
 
 
-class Unformed(Tensor):
+class Unformed(_Foreign):
     """A parameter as it looks, whose mix is formed when it is used."""
 
     form: Callable[[], Tensor]
@@ -126,11 +134,7 @@ class Unformed(Tensor):
         return made
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in _METADATA:
-            return super().__torch_function__(func, types, args, kwargs)
-        name = getattr(func, "__name__", "")
+    def _call(cls, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
         if _writes(name, args, kwargs) and isinstance(args[0], Unformed):
             _refuse_write(name)
         args, kwargs = tree_map_only(Unformed, lambda unformed: unformed.form(), (args, kwargs))
@@ -145,7 +149,7 @@ class Unformed(Tensor):
         )
 
 
-class ByRow(Tensor):
+class ByRow(_Foreign):
     """What differs by row without having a dimension for it: a parameter's mix, or what a module makes of positions
     that all sequences share. Functions run once for each row, with that row's share of what is laid out by sequence.
 
@@ -170,11 +174,7 @@ class ByRow(Tensor):
         return made
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in _METADATA:
-            return super().__torch_function__(func, types, args, kwargs)
-        name = getattr(func, "__name__", "")
+    def _call(cls, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
         args, kwargs = tree_map_only(Unformed, lambda unformed: unformed.form(), (args, kwargs))
         own = next(item for item in tree_flatten((args, kwargs))[0] if isinstance(item, ByRow))
         if name == "detach":
