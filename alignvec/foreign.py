@@ -136,6 +136,8 @@ class Unformed(_Foreign):
     @classmethod
     def _call(cls, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
         if _writes(name, args, kwargs) and isinstance(args[0], Unformed):
+            if name in ("div_", "mul_") and args[1:] == (1,):  # Rwkv rescales its first layers by 1
+                return args[0]
             _refuse_write(name)
         args, kwargs = tree_map_only(Unformed, lambda unformed: unformed.form(), (args, kwargs))
         return func(*args, **kwargs)

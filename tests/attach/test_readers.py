@@ -28,7 +28,7 @@ READING: list[tuple[str, dict[str, Any]]] = [
     ("MambaConfig", {"state_size": 4}),
     ("Mamba2Config", {"state_size": 4, "num_heads": 8, "head_dim": 8, "expand": 2, "n_groups": 1, "chunk_size": 4}),
     ("Lfm2Config", {"layer_types": ["conv", "full_attention"], "conv_L_cache": 3}),
-    ("RwkvConfig", {"attention_hidden_size": 32, "context_length": 64, "rescale_every": 0}),
+    ("RwkvConfig", {"attention_hidden_size": 32, "context_length": 64}),
     ("RecurrentGemmaConfig", {"lru_width": 32, "block_types": ["recurrent", "attention"]}),
     ("DogeConfig", {}),
     ("ApertusConfig", {"hidden_act": "xielu"}),
