@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from functools import partial
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -117,7 +116,7 @@ class StepHooks:
         if torch.is_grad_enabled():
             for tensor in named_tensors(output).values():
                 if tensor.requires_grad:
-                    tensor.register_hook(partial(_backward, coefficients, step))
+                    tensor.register_hook(functools.partial(_backward, coefficients, step))
 
 
 def _refuse_resize(*_: Any, **__: Any) -> NoReturn:

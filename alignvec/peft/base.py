@@ -15,6 +15,7 @@ from alignvec.formats import Encoded, decode
 from alignvec.names import parameter_names, resolve
 from alignvec.peft import wrappers
 from alignvec.sources import LiveSource, StoredSource, local_path, open_source
+from alignvec.wrappers import unwrapped
 
 STEM, CONFIG, PREFIX = "adapter_model", "adapter_config.json", "base_model.model."
 MERGE_INSTEAD = "merge the adapter with PEFT's merge_and_unload and extract the vector from the two models"
@@ -49,7 +50,7 @@ class Base:
 
     @classmethod
     def _live(cls, model: nn.Module) -> Base:
-        model = wrappers.without_wrapper(model)
+        model = unwrapped(model)
         label = type(model).__name__
         if (path := wrappers.merged(model)) is not None:
             raise AlignvecError(f"an adapter is merged into {path} of {label}: call unmerge() of that module first")

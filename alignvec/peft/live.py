@@ -11,6 +11,7 @@ from alignvec.peft import wrappers
 from alignvec.peft.base import Base
 from alignvec.peft.config import require_plain
 from alignvec.peft.edits import active
+from alignvec.wrappers import unwrapped
 
 
 class LiveAdapters:
@@ -21,7 +22,7 @@ class LiveAdapters:
     """
 
     def __init__(self, model: Any) -> None:
-        self.model: nn.Module = wrappers.without_wrapper(model)
+        self.model: nn.Module = unwrapped(model)
         self.configs: dict[str, Any] = getattr(self.model, "peft_config", None) or getattr(model, "peft_config", {})
         if not isinstance(self.configs, dict) or not self.configs:
             raise AlignvecError(

@@ -15,25 +15,6 @@ from alignvec.errors import AlignvecError
 LEFT_OUT = ("forward", "_hf_hook", "_old_forward", "peft_config", "_hf_peft_config_loaded")
 
 
-def without_wrapper(model: nn.Module) -> nn.Module:
-    """The model inside of `torch.compile`, data parallelism, a `PeftModel` or a PEFT tuner; any other as it is."""
-    while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-        model = inner
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        return without_wrapper(model.module)
-    if "peft" not in sys.modules:
-        return model
-    from peft import PeftMixedModel, PeftModel
-    from peft.tuners.tuners_utils import BaseTuner
-
-    if isinstance(model, PeftModel):
-        found: nn.Module = model.get_base_model()
-        return found
-    if isinstance(model, PeftMixedModel):
-        model = model.base_model
-    return model.model if isinstance(model, BaseTuner) else model
-
-
 def modules(model: nn.Module, *, replaced: bool = True) -> Iterator[tuple[str, nn.Module]]:
     """Every module and its path without PEFT's wrappers; a wrapper comes before what it wraps, with the same path.
 
