@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from alignvec.cli.options import DeviceOption, console, model_folder, size
+from alignvec.cli.options import DeviceOption, model_folder
+from alignvec.cli.terminal import console, size
 
 
 def distil(

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import Progress
 
-from alignvec.cli.options import DeviceOption, console, device_or_default, mix, model_folder, table, vectors
+from alignvec.cli.options import DeviceOption, device_or_default, mix, model_folder, vectors
+from alignvec.cli.terminal import console, table
 from alignvec.errors import AlignvecError
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def evaluate(
 
     import alignvec
     from alignvec.evaluate import Scorer
+    from alignvec.pictures import require_picture
     from alignvec.search.lattice import lattice
 
     if by not in (None, "mean", "sum"):
@@ -79,6 +81,8 @@ def evaluate(
         raise AlignvecError("--mix and --sweep exclude each other: a sweep makes the mixes")
     if plot is not None and not sweep:
         raise AlignvecError("--plot draws sweeps: give --sweep NAME")
+    if plot is not None:
+        require_picture(plot)
     folders = vectors(vector or [])
     if unknown := set(sweep or ()) - set(folders):
         raise AlignvecError(f"--sweep names {', '.join(sorted(unknown))}, which no --vector is called")

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from alignvec.cli.options import DeviceOption, console, device_or_default, mix, model_folder, vectors
+from alignvec.cli.options import DeviceOption, device_or_default, mix, model_folder, vectors
+from alignvec.cli.terminal import answer, console
 from alignvec.errors import AlignvecError, RowsError
 
 
@@ -33,7 +34,6 @@ def generate(
     """
     import torch
     import transformers
-    from rich.text import Text
 
     import alignvec
 
@@ -64,5 +64,5 @@ def generate(
         raise AlignvecError(f"{refusal.problem}; give one --mix") from None
     for row, wanted in zip(output[:, inputs["input_ids"].shape[1] :], requested, strict=True):
         name = ", ".join(f"{k}={v:g}" for k, v in wanted.items()) or "base"
-        answer = tokenizer.decode(row, skip_special_tokens=True).strip()
-        console.print(Text.assemble((name, "bold"), f"  {answer}"), soft_wrap=True)
+        text = tokenizer.decode(row, skip_special_tokens=True).strip()
+        console.print(answer(name, f"  {text}"), soft_wrap=True)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from alignvec.cli.options import console, size, table
+from alignvec.cli.terminal import console, size, table
+from alignvec.printable import printable
 
 if TYPE_CHECKING:
     from alignvec.statistics import LayerStatistics
@@ -77,7 +78,7 @@ def _tensors(title: str, vector: AlignmentVector) -> Table:
     for name in vector:
         error = vector.errors.get(name)
         cells = _stored(vector.stored_bytes(name), dense_bytes(vector, name), None if error is None else error.relative)
-        rows.add_row(name, str(vector.format_of(name)), *cells)
+        rows.add_row(printable(name), str(vector.format_of(name)), *cells)
     return rows
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from alignvec.cli.options import DeviceOption, console, device_or_default, model_folder, table, vectors
+from alignvec.cli.options import DeviceOption, device_or_default, model_folder, vectors
+from alignvec.cli.terminal import console, table
 
 if TYPE_CHECKING:
     from alignvec.evaluate import Question
@@ -53,10 +54,13 @@ def search(
     import alignvec.search as searching
     from alignvec.evaluate import load_questions
     from alignvec.evaluate.questions import domains_of, first_of_each, levels_of
+    from alignvec.pictures import require_picture
     from alignvec.planner import check_choice
     from alignvec.writer import replaced, write_json
 
     check_choice("--method", method, METHODS)
+    if plot is not None:
+        require_picture(plot)
     folder, device = model_folder(base), device_or_default(device)
     asked = first_of_each(load_questions(questions), count)
     domains, levels, constraints = domains_of(asked), levels_of(asked), constraint or []

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from alignvec.cli.options import console, size, table, vectors
+from alignvec.cli.options import vectors
+from alignvec.cli.terminal import console, size, table
 from alignvec.errors import AlignvecError
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from alignvec.cli.options import console, model_folder, size
+from alignvec.cli.options import model_folder
+from alignvec.cli.terminal import console, size
 from alignvec.errors import AlignvecError
 
 
