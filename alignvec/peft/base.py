@@ -14,6 +14,7 @@ from alignvec.fingerprint import BaseIdentity, identify
 from alignvec.formats import Encoded, decode
 from alignvec.names import parameter_names, resolve
 from alignvec.peft import wrappers
+from alignvec.peft.outline import outline
 from alignvec.sources import LiveSource, StoredSource, local_path, open_source
 from alignvec.wrappers import unwrapped
 
@@ -63,22 +64,9 @@ class Base:
     @classmethod
     def _stored(cls, path: str | Path) -> Base:
         """Which modules a checkpoint has says the model that transformers would build from its config."""
-        from transformers import AutoConfig, AutoModelForCausalLM
-
         source, folder = open_source(path), local_path(path)
         assert not isinstance(source, LiveSource)
-        folder = folder if folder.is_dir() else folder.parent
-        try:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise AlignvecError(
-                f"transformers builds no causal language model from {path} by itself ({reason}): give the loaded model "
-                "as the base"
-            ) from None
-        model.tie_weights()
+        model = outline(source, folder if folder.is_dir() else folder.parent)
         live = parameter_names(model)
         stored: dict[str, str] = {}
         for name in source.tensors:
@@ -90,6 +78,14 @@ class Base:
         for name, value in _checkpoint_layout(model, others).items():
             if id(value) in moved and name in source.tensors:
                 stored[moved[id(value)]] = name
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        for name, there in stored.items():
+            info, shape = source.tensors[there], tuple(parameters[name].shape)
+            if info.dtype.is_floating_point and info.shape != shape:
+                raise AlignvecError(
+                    f"{source.label} holds {there} as {list(info.shape)}, and its config.json makes it {list(shape)}: "
+                    "give a base whose files fit together"
+                )
         return cls(model, source, {name: stored.get(first, name) for name, first in live.items()}, source.label)
 
     def identity(self) -> BaseIdentity:

@@ -16,12 +16,15 @@ from alignvec.checkpoint import Checkpoint, read_json
 from alignvec.errors import AlignvecError
 from alignvec.peft import wrappers
 from alignvec.peft.base import CONFIG, PREFIX, STEM, Base
-from alignvec.peft.config import lora_config, require_plain
+from alignvec.peft.config import lora_config, require_few, require_plain
+from alignvec.peft.patterns import require_bounded
 from alignvec.sources import StoredSource, local_path
 
 NAME = "default"  # of the adapter in the copy
 FACTOR = re.compile(r"(?P<path>.+)\.lora_((?P<matrix>[AB])\.weight|(?P<bias>B\.bias)|(?P<embedding>embedding_[AB]))")
 TRAINING = (".lora_velora_embed",)  # statistics that only training reads
+EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")  # of one expert, before they were joined
+LONGEST, DEEPEST = 1000, 100  # characters and dots of a tensor's name
 
 
 class StoredAdapter:
@@ -41,6 +44,12 @@ class StoredAdapter:
             for name in checkpoint.tensors
             if not name.endswith(TRAINING)
         }
+        for name in self.tensors:
+            if len(name) > LONGEST or name.count(".") > DEEPEST:
+                raise AlignvecError(
+                    f"adapter {self.label} holds a tensor whose name has {len(name)} characters, {name[:60]!r} and "
+                    "more: no module has such a name, save the adapter again"
+                )
 
     def base(self) -> Base:
         """What is known of the base without it: the modules that have low-rank factors, and their shapes."""
@@ -117,13 +126,14 @@ class StoredAdapter:
         Raises AlignvecError for what PEFT refuses, tensors of a wrong shape, and tensors that PEFT would not load.
         """
         model = wrappers.without_values(base.model)
+        self._require_bounded(model)
         try:
             with warnings.catch_warnings(), torch.device("meta"):
                 warnings.simplefilter("ignore")
                 self._inject(model)
                 tensors = self._converted(model)
         except Exception as error:
-            reason = str(error).strip().partition("\n")[0]
+            reason = (str(error).strip() or type(error).__name__).partition("\n")[0][:300]
             raise AlignvecError(
                 f"PEFT does not load adapter {self.label} onto {base.label} ({reason}): mend {CONFIG}, or "
                 f"{self._other_base(base)}"
@@ -131,6 +141,7 @@ class StoredAdapter:
         self._require_same_scales(tensors, base)
         slots, own = _slots(model), _own_parameters(model)
         whole: dict[str, Tensor] = {}
+        ignored: list[str] = []
         for key, value in tensors.items():
             place = slots.get(key) or slots.get(key.replace(".modules_to_save.", "."))
             if place is not None:
@@ -139,8 +150,21 @@ class StoredAdapter:
             elif key in own:
                 whole[own[key]] = value
             else:
-                self._refuse(key, base)
+                ignored.append(key)
+        if ignored:
+            self._refuse(ignored, base)
         return model, whole
+
+    def _require_bounded(self, model: nn.Module) -> None:
+        """Raises AlignvecError for a configuration that PEFT would not be done with on this model."""
+        modules = [path for path, _ in model.named_modules()]
+        parameters = dict(model.named_parameters())
+        tokens = max((value.shape[0] for value in parameters.values() if value.dim()), default=0)
+        require_few(self.config, len(modules), tokens, self.label)
+        # PEFT also asks for the names that layers of experts had before they were joined, as the adapter may have them.
+        earlier = {f"{name.rpartition('.')[0]}.{old}" for name in parameters if "expert" in name for old in EXPERTS}
+        own = {key.partition(".lora_")[0] for key in self.tensors}
+        require_bounded(self.config, [*modules, *parameters, *sorted(earlier | own)], self.label)
 
     def _inject(self, model: nn.Module) -> None:
         from peft import inject_adapter_in_model
@@ -195,7 +219,10 @@ class StoredAdapter:
             return "give the adapter's own base"
         return "give the adapter's own base, as files if its experts are layers of their own in them"
 
-    def _refuse(self, key: str, base: Base) -> None:
+    def _refuse(self, ignored: list[str], base: Base) -> None:
+        """Raises AlignvecError for tensors that PEFT would leave out."""
+        key, more = ignored[0], len(ignored) - 1
+        also = f" and {more} more" if more else ""
         path = key.partition(".lora_")[0]
         if key not in self.tensors:
             raise AlignvecError(
@@ -204,7 +231,8 @@ class StoredAdapter:
             )
         if path != key and ".base_layer" not in path and path not in dict(wrappers.modules(base.model)):
             raise AlignvecError(
-                f"adapter {self.label} holds {key}, and {base.label} has no module {path}: give the adapter's own base"
+                f"adapter {self.label} holds {key}{also}, and {base.label} has no module {path}: give the adapter's "
+                "own base"
             )
         if self.lora.ensure_weight_tying and not base.whole:
             raise AlignvecError(
@@ -212,7 +240,7 @@ class StoredAdapter:
                 "ties together: give the base"
             )
         raise AlignvecError(
-            f"adapter {self.label} holds {key}, which PEFT does not load onto {base.label} with the adapter's "
+            f"adapter {self.label} holds {key}{also}, which PEFT does not load onto {base.label} with the adapter's "
             f"configuration: mend {CONFIG} (target_modules, for one), or take the tensor out"
         )
 
