@@ -1,4 +1,4 @@
-"""Models and tokenizers from folders by transformers, which neither runs a folder's own code nor asks whether it may."""
+"""Models and tokenizers by transformers, which neither runs code of their folders nor asks whether it may."""
 
 from __future__ import annotations
 
@@ -65,6 +65,6 @@ def load_tokenizer(source: str | Path) -> Any:
 
 
 def reason(error: BaseException) -> str:
-    """The first line of what an exception says, cut where it is long."""
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    """What an exception says, on one line, cut where it is long."""
+    text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:300]}..."

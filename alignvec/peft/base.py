@@ -12,6 +12,7 @@ from alignvec.checkpoint import TensorInfo
 from alignvec.errors import AlignvecError
 from alignvec.fingerprint import BaseIdentity, identify
 from alignvec.formats import Encoded, decode
+from alignvec.loading import reason
 from alignvec.names import parameter_names, resolve
 from alignvec.peft import wrappers
 from alignvec.peft.outline import outline
@@ -29,6 +30,7 @@ class Base:
     """
 
     whole = True
+    held: frozenset[str] = frozenset()  # stored tensors that the live model has by any name, or as parts of others
 
     def __init__(self, model: nn.Module, source: StoredSource | dict[str, Tensor], names: dict[str, str], label: str):
         self.model, self.source, self.names, self.label = model, source, names, label
@@ -75,18 +77,27 @@ class Base:
                 stored[found] = name
         others = {name: value for name, value in model.named_parameters() if name not in stored}
         moved = {id(value): name for name, value in others.items()}
-        for name, value in _checkpoint_layout(model, others).items():
+        try:
+            layout = _checkpoint_layout(model, others)
+        except Exception as error:
+            raise AlignvecError(
+                f"transformers does not say how {source.label} stores {next(iter(others))} ({reason(error)}): give the "
+                "loaded model as the base"
+            ) from error
+        for name, value in layout.items():
             if id(value) in moved and name in source.tensors:
                 stored[moved[id(value)]] = name
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        for name, there in stored.items():
-            info, shape = source.tensors[there], tuple(parameters[name].shape)
-            if info.dtype.is_floating_point and info.shape != shape:
+        described = {stored[name]: value for name, value in model.named_parameters() if name in stored}
+        for name, value in {**layout, **described}.items():
+            info = source.tensors.get(name)
+            if info is not None and info.dtype.is_floating_point and info.shape != tuple(value.shape):
                 raise AlignvecError(
-                    f"{source.label} holds {there} as {list(info.shape)}, and its config.json makes it {list(shape)}: "
-                    "give a base whose files fit together"
+                    f"{source.label} holds {name} as {list(info.shape)}, and its config.json makes it "
+                    f"{list(value.shape)}: give a base whose files fit together"
                 )
-        return cls(model, source, {name: stored.get(first, name) for name, first in live.items()}, source.label)
+        base = cls(model, source, {name: stored.get(first, name) for name, first in live.items()}, source.label)
+        base.held = frozenset(source.tensors.keys() & {*layout, *stored.values()})
+        return base
 
     def identity(self) -> BaseIdentity:
         """Reads every tensor once."""

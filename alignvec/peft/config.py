@@ -72,7 +72,7 @@ def require_plain(config: Mapping[str, Any], label: str) -> None:
             f"adapter {label} is of type {kind}, and only LORA is read: if it changes weights, {MERGE_INSTEAD}"
         )
     for option, why in UNSUPPORTED.items():
-        if config.get(option) not in (None, False):
+        if (value := config.get(option)) or isinstance(value, dict):  # an empty mapping is one of defaults
             raise AlignvecError(f"adapter {label} uses {option}, {why}")
     start = config.get("init_lora_weights", True)
     if not isinstance(start, (bool, str, type(None))) or start not in INITIALISATIONS:

@@ -19,8 +19,9 @@ from alignvec.errors import AlignvecError
 from alignvec.loading import load_config, reason
 from alignvec.sources import StoredSource
 
-COUNTED = re.compile(r"(num|n)_.*|.*layers?")  # what configurations call numbers of parts, which code loops over
-MOST = 1 << 20  # of such a number
+# What configurations call numbers of parts: transformers loops over them before it makes the first part.
+COUNTED = re.compile(r"num_.*|n_(layer|head|expert).*|.*layers?")
+MOST = 1 << 16  # of such a number, and of entries in a configuration
 LARGEST = 1 << 40  # of any other whole number
 VALUES = 8  # of parameters, that a byte of a file may stand for: quantised files hold a bit a value at least
 PARTS = 16  # modules that a stored tensor may stand for
@@ -36,7 +37,7 @@ def outline(source: StoredSource, folder: Path) -> nn.Module:
     """
     from transformers import AutoModelForCausalLM
 
-    _require_numbers(source.config, source.label)
+    _require_modest(source.config, source.label)
     try:
         with warnings.catch_warnings(), torch.device("meta"), _bounded(source):
             warnings.simplefilter("ignore")
@@ -55,16 +56,26 @@ def outline(source: StoredSource, folder: Path) -> nn.Module:
     return model
 
 
-def _require_numbers(config: Mapping[str, Any], label: str, path: str = "") -> None:
-    """Raises AlignvecError for whole numbers that no model has, since configurations loop over some of them."""
-    for key, value in config.items():
-        where = f"{path}{key}"
+def _require_modest(config: Mapping[str, Any], label: str) -> None:
+    """Raises AlignvecError for whole numbers that no model has, and for more entries than a configuration has."""
+    entries = 0
+    waiting: list[tuple[str, Any]] = list(config.items())
+    while waiting:
+        key, value = waiting.pop()
+        entries += 1
         if isinstance(value, dict):
-            _require_numbers(value, label, f"{where}.")
-        most = MOST if COUNTED.fullmatch(str(key)) else LARGEST
+            waiting += value.items()
+        elif isinstance(value, list):
+            waiting += [(key, each) for each in value]
+        most = MOST if COUNTED.fullmatch(key) else LARGEST
         if type(value) is int and abs(value) > most:
             raise AlignvecError(
-                f"config.json of {label} has {where[:100]} beyond {most}, which no model has: mend it, or give the "
+                f"config.json of {label} has {key[:60]} beyond {most}, which no model has: mend it, or give the "
+                "loaded model as the base"
+            )
+        if entries + len(waiting) > MOST:
+            raise AlignvecError(
+                f"config.json of {label} has more than {MOST} entries, below {key[:60]} for one: mend it, or give the "
                 "loaded model as the base"
             )
 

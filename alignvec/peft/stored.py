@@ -92,7 +92,7 @@ class StoredAdapter:
         found = {match["path"] for key in self.tensors if (match := FACTOR.fullmatch(key)) and match["matrix"]}
         names = {f"{path}.weight": path for path in sorted(found) if not base.adaptable(path)}
         stored = base.source.tensors
-        joined = {path: stored[name].shape for name, path in names.items() if name in stored}
+        joined = {path: stored[name].shape for name, path in names.items() if name in base.held}
         if not joined or any(len(shape) != 2 for shape in joined.values()):
             return base
         with torch.device("meta"):
