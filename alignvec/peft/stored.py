@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from alignvec.sources import StoredSource, local_path
 
 NAME = "default"  # of the adapter in the copy
 FACTOR = re.compile(r"(?P<path>.+)\.lora_((?P<matrix>[AB])\.weight|(?P<bias>B\.bias)|(?P<embedding>embedding_[AB]))")
+DRAWN = (False, "orthogonal")  # values of init_lora_weights that give A and B random values
 TRAINING = (".lora_velora_embed",)  # statistics that only training reads
 EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")  # of one expert, before they were joined
 LONGEST, DEEPEST = 1000, 100  # characters and dots of a tensor's name
@@ -39,17 +40,32 @@ class StoredAdapter:
         require_plain(self.config, self.label)
         self.lora = lora_config(self.config, self.label)
         checkpoint = Checkpoint.open(folder, stem=STEM)
-        self.tensors = {
-            name.removeprefix(PREFIX).replace("_orig_mod.", ""): checkpoint.tensor(name)  # torch.compile's prefix
-            for name in checkpoint.tensors
-            if not name.endswith(TRAINING)
-        }
-        for name in self.tensors:
+        names = self._plain(checkpoint.tensors)
+        self.tensors = {plain: checkpoint.tensor(name) for plain, name in names.items()}
+
+    def _plain(self, stored: Iterable[str]) -> dict[str, str]:
+        """The tensors' names by those that the base's modules have. AlignvecError for names that PEFT ignores."""
+        names: dict[str, str] = {}
+        for name in stored:
+            if name.endswith(TRAINING):
+                continue
             if len(name) > LONGEST or name.count(".") > DEEPEST:
                 raise AlignvecError(
                     f"adapter {self.label} holds a tensor whose name has {len(name)} characters, {name[:60]!r} and "
                     "more: no module has such a name, save the adapter again"
                 )
+            if not name.startswith(PREFIX):
+                raise AlignvecError(
+                    f"adapter {self.label} holds {name}, which PEFT does not load, since it does not begin with "
+                    f"{PREFIX}: save the adapter with PEFT"
+                )
+            plain = name.removeprefix(PREFIX).replace("_orig_mod.", "")  # torch.compile's prefix
+            if plain in names:
+                raise AlignvecError(
+                    f"adapter {self.label} holds {plain} twice, as {names[plain]} and as {name}: take one out"
+                )
+            names[plain] = name
+        return names
 
     def base(self) -> Base:
         """What is known of the base without it: the modules that have low-rank factors, and their shapes."""
@@ -153,6 +169,11 @@ class StoredAdapter:
                 ignored.append(key)
         if ignored:
             self._refuse(ignored, base)
+        if self.config.get("init_lora_weights", True) in DRAWN and (path := _left_out(model)) is not None:
+            raise AlignvecError(
+                f"adapter {self.label} holds nothing for {path}, which {CONFIG} names and PEFT then gives random "
+                f"values, with init_lora_weights={self.config['init_lora_weights']!r}: mend target_modules"
+            )
         return model, whole
 
     def _require_bounded(self, model: nn.Module) -> None:
@@ -253,8 +274,8 @@ def _slots(model: nn.Module) -> dict[str, tuple[Any, str]]:
 
     def add(prefix: str, module: nn.Module) -> None:
         for path, inner in module.named_modules(prefix=prefix):
-            slots.update({f"{path}.{leaf}": (inner._parameters, leaf) for leaf in inner._parameters})
-            slots.update({f"{path}.{leaf}": (inner._buffers, leaf) for leaf in inner._buffers})
+            for held in (inner._parameters, inner._buffers):
+                slots.update({f"{path}.{leaf}": (held, leaf) for leaf, value in held.items() if value is not None})
 
     for path, module in model.named_modules():
         if isinstance(module, LoraLayer):
@@ -270,6 +291,18 @@ def _slots(model: nn.Module) -> dict[str, tuple[Any, str]]:
             held = module.token_adapter.trainable_tokens_delta
             slots[f"{path}.token_adapter.trainable_tokens_delta"] = (held._parameters, NAME)
     return slots
+
+
+def _left_out(model: nn.Module) -> str | None:
+    """The path of a layer of LoRA that the adapter has no tensors for, if there is one."""
+    from peft.tuners.lora import LoraLayer
+
+    for path, module in wrappers.modules(model):
+        if isinstance(module, LoraLayer):
+            held = [*module.lora_A.parameters(), *module.lora_embedding_A.parameters()]
+            if any(value.is_meta for value in held):
+                return path
+    return None
 
 
 def _own_parameters(model: nn.Module) -> dict[str, str]:
