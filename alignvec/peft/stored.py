@@ -14,13 +14,13 @@ from transformers.pytorch_utils import Conv1D
 
 from alignvec.checkpoint import Checkpoint, read_json
 from alignvec.errors import AlignvecError
-from alignvec.peft import wrappers
+from alignvec.peft import slots, wrappers
 from alignvec.peft.base import CONFIG, PREFIX, STEM, Base
 from alignvec.peft.config import lora_config, require_few, require_plain
 from alignvec.peft.patterns import require_bounded
+from alignvec.peft.slots import NAME
 from alignvec.sources import StoredSource, local_path
 
-NAME = "default"  # of the adapter in the copy
 FACTOR = re.compile(r"(?P<path>.+)\.lora_((?P<matrix>[AB])\.weight|(?P<bias>B\.bias)|(?P<embedding>embedding_[AB]))")
 DRAWN = (False, "orthogonal")  # values of init_lora_weights that give A and B random values
 TRAINING = (".lora_velora_embed",)  # statistics that only training reads
@@ -34,11 +34,18 @@ class StoredAdapter:
     def __init__(self, path: str | Path) -> None:
         folder = local_path(path)
         if not (folder / CONFIG).is_file():
-            raise AlignvecError(f"{folder} is no PEFT adapter: it holds no {CONFIG}")
+            raise AlignvecError(f"{folder} is no PEFT adapter: it holds no file {CONFIG}")
         self.label = Path(path).name
         self.config: dict[str, Any] = read_json(folder / CONFIG)
         require_plain(self.config, self.label)
         self.lora = lora_config(self.config, self.label)
+        wanted = f"{STEM}.safetensors"
+        if not any((folder / name).is_file() for name in (wanted, f"{wanted}.index.json")):
+            pickled = (folder / f"{STEM}.bin").exists()
+            raise AlignvecError(
+                f"{folder} holds no file {wanted}: "
+                + ("pickles are not read, load the adapter and save it as safetensors" if pickled else "save it again")
+            )
         checkpoint = Checkpoint.open(folder, stem=STEM)
         names = self._plain(checkpoint.tensors)
         self.tensors = {plain: checkpoint.tensor(name) for plain, name in names.items()}
@@ -155,11 +162,11 @@ class StoredAdapter:
                 f"{self._other_base(base)}"
             ) from error
         self._require_same_scales(tensors, base)
-        slots, own = _slots(model), _own_parameters(model)
+        places, own = slots.slots(model), slots.own_parameters(model)
         whole: dict[str, Tensor] = {}
         ignored: list[str] = []
         for key, value in tensors.items():
-            place = slots.get(key) or slots.get(key.replace(".modules_to_save.", "."))
+            place = places.get(key) or places.get(key.replace(".modules_to_save.", "."))
             if place is not None:
                 self._require_shape(key, value, place[0][place[1]], base)
                 place[0][place[1]] = nn.Parameter(value, requires_grad=False)
@@ -169,7 +176,7 @@ class StoredAdapter:
                 ignored.append(key)
         if ignored:
             self._refuse(ignored, base)
-        if self.config.get("init_lora_weights", True) in DRAWN and (path := _left_out(model)) is not None:
+        if self.config.get("init_lora_weights", True) in DRAWN and (path := slots.left_out(model)) is not None:
             raise AlignvecError(
                 f"adapter {self.label} holds nothing for {path}, which {CONFIG} names and PEFT then gives random "
                 f"values, with init_lora_weights={self.config['init_lora_weights']!r}: mend target_modules"
@@ -264,53 +271,3 @@ class StoredAdapter:
             f"adapter {self.label} holds {key}{also}, which PEFT does not load onto {base.label} with the adapter's "
             f"configuration: mend {CONFIG} (target_modules, for one), or take the tensor out"
         )
-
-
-def _slots(model: nn.Module) -> dict[str, tuple[Any, str]]:
-    """Where each tensor of a stored adapter belongs, by its name: a dictionary of tensors and the key in it."""
-    from peft.tuners.lora import LoraLayer
-
-    slots: dict[str, tuple[Any, str]] = {}
-
-    def add(prefix: str, module: nn.Module) -> None:
-        for path, inner in module.named_modules(prefix=prefix):
-            for held in (inner._parameters, inner._buffers):
-                slots.update({f"{path}.{leaf}": (held, leaf) for leaf, value in held.items() if value is not None})
-
-    for path, module in model.named_modules():
-        if isinstance(module, LoraLayer):
-            for group in ("lora_A", "lora_B"):
-                if NAME in getattr(module, group):
-                    add(f"{path}.{group}", getattr(module, group)[NAME])
-            for group in ("lora_embedding_A", "lora_embedding_B"):
-                if NAME in getattr(module, group):
-                    slots[f"{path}.{group}"] = (getattr(module, group)._parameters, NAME)
-        elif wrappers.is_copied(module):
-            add(path, module.modules_to_save[NAME])
-        elif hasattr(module, "token_adapter"):
-            held = module.token_adapter.trainable_tokens_delta
-            slots[f"{path}.token_adapter.trainable_tokens_delta"] = (held._parameters, NAME)
-    return slots
-
-
-def _left_out(model: nn.Module) -> str | None:
-    """The path of a layer of LoRA that the adapter has no tensors for, if there is one."""
-    from peft.tuners.lora import LoraLayer
-
-    for path, module in wrappers.modules(model):
-        if isinstance(module, LoraLayer):
-            held = [*module.lora_A.parameters(), *module.lora_embedding_A.parameters()]
-            if any(value.is_meta for value in held):
-                return path
-    return None
-
-
-def _own_parameters(model: nn.Module) -> dict[str, str]:
-    """Names of the base's own parameters with PEFT's wrappers in them, to their live names."""
-    plain = {id(module): path for path, module in wrappers.modules(model)}
-    return {
-        f"{path}.{leaf}": f"{plain[id(module)]}.{leaf}"
-        for path, module in model.named_modules()
-        for leaf, value in module._parameters.items()
-        if value is not None and id(module) in plain
-    }

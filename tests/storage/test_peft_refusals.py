@@ -79,7 +79,7 @@ def test_damaged_adapters_are_refused(tmp_path: Path) -> None:
         with pytest.raises(AlignvecError, match=message):
             from_peft(folder, tiny())
     (folder / "adapter_config.json").unlink()
-    with pytest.raises(AlignvecError, match=r"holds no adapter_config\.json"):
+    with pytest.raises(AlignvecError, match=r"holds no file adapter_config\.json"):
         from_peft(folder)
 
 
