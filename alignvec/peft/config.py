@@ -129,6 +129,8 @@ def require_few(config: Mapping[str, Any], modules: int, tokens: int, label: str
 
 
 def _require_types(config: Mapping[str, Any], label: str) -> None:
+    from peft import TaskType
+
     def refuse(name: str, wanted: str) -> AlignvecError:
         return AlignvecError(f"adapter {label} has {name}={_shown(config[name], repr)}: it has to be {wanted}")
 
@@ -136,15 +138,17 @@ def _require_types(config: Mapping[str, Any], label: str) -> None:
         if name in config:
             _require_number(config[name], name, label, signed=name == "lora_alpha")
     for name in ("rank_pattern", "alpha_pattern"):
-        patterns = config.get(name)
-        if patterns is not None and not isinstance(patterns, dict):
+        patterns = config.get(name, {})
+        if not isinstance(patterns, dict):
             raise refuse(name, "a mapping of expressions to numbers")
-        for key, value in (patterns or {}).items():
+        for key, value in patterns.items():
             _require_number(value, f"{name}[{_shown(key, repr)}]", label, signed=name == "alpha_pattern")
     for name in FLAGS:
         if not isinstance(config.get(name), (bool, type(None))):
             raise refuse(name, "true or false")
-    if config.get("bias") not in (None, "none", "all", "lora_only"):
+    if config.get("task_type") not in (None, *TaskType):
+        raise refuse("task_type", "one that PEFT knows")
+    if config.get("bias", "none") not in ("none", "all", "lora_only"):
         raise refuse("bias", "none, all or lora_only")
     for name, one in LISTS.items():
         held = config.get(name)

@@ -227,17 +227,18 @@ class StoredAdapter:
         if value.shape == expected.shape or ".lora_" not in key:
             return
         path, _, leaf = key.partition(".lora_")
-        if self.lora.target_parameters or value.dim() != expected.dim():
-            raise AlignvecError(
-                f"adapter {self.label} holds {key} as {list(value.shape)}, and on {base.label} {CONFIG} makes it "
-                f"{list(expected.shape)}: give the adapter's own base"
-            )
         at = {"A.weight": 0, "B.weight": 1, "embedding_A": 0, "embedding_B": 1}.get(leaf)
-        if at is not None and value.shape[at] != expected.shape[at]:
-            raise AlignvecError(
-                f"adapter {self.label} says that {path} has rank {expected.shape[at]}, but it holds {value.shape[at]}: "
-                "mend r or rank_pattern"
-            )
+        if at is not None and value.dim() == expected.dim() and not self.lora.target_parameters:
+            held, said = value.shape[at], expected.shape[at]
+            if held != said:
+                raise AlignvecError(
+                    f"adapter {self.label} says that {path} has rank {said}, but it holds {held}: mend r or "
+                    "rank_pattern"
+                )
+        raise AlignvecError(
+            f"adapter {self.label} holds {key} as {list(value.shape)}, and on {base.label} {CONFIG} makes it "
+            f"{list(expected.shape)}: give the adapter's own base"
+        )
 
     def _other_base(self, base: Base) -> str:
         """What to do about an adapter that does not go onto a base."""

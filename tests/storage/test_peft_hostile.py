@@ -127,7 +127,10 @@ def test_tensors_that_contradict_each_other(folder: Path) -> None:
     a, b = f"{path}.lora_A.weight", f"{path}.lora_B.weight"
     plain = {name: value for name, value in tensors.items() if name != a}
     for broken, message in (
-        (tensors | {a: torch.full_like(tensors[a], torch.inf)}, "infinite|inf|NaN"),
+        (tensors | {a: torch.full_like(tensors[a], torch.inf)}, r"infinity in .*q_proj\.lora_A"),
+        (tensors | {a: tensors[a] * 1e30, b: tensors[b] * 1e30}, r"q_proj\.weight by values beyond"),
+        (tensors | {a: torch.zeros(4, 48), b: tensors[b] * torch.nan}, r"NaN .* in .*q_proj\.lora_B"),
+        (tensors | {a: torch.zeros(4, 48), b: torch.ones(40, 4)}, r"as \[40, 4\], and on .* makes it \[48, 4\]"),
         (tensors | {a: torch.ones(4, 48, dtype=torch.int64)}, "int64"),
         (tensors | {a: torch.ones(3, 48)}, "rank 4, but it holds 3"),
         (tensors | {b: torch.ones(48, 4, 1)}, r"\[48, 4, 1\]"),

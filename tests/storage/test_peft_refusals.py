@@ -72,7 +72,7 @@ def test_damaged_adapters_are_refused(tmp_path: Path) -> None:
     for broken, message in (
         ({name: value for name, value in tensors.items() if name != key}, "no two matrices"),
         (tensors | {key: torch.full_like(tensors[key], math.nan)}, "NaN"),
-        (tensors | {key: tensors[key][:5].clone()}, r"as \[5, 48\], in .* it is \[48, 48\]"),
+        (tensors | {key: tensors[key][:5].clone()}, r"as \[5, 4\], and on .* makes it \[48, 4\]"),
         ({name: torch.zeros_like(value) for name, value in tensors.items()}, "changes nothing"),
     ):
         save_file(broken, file)
