@@ -196,7 +196,7 @@ class Decoder:
         for number, (index, prompt, mix, sampling) in enumerate(zip(free, prompts, mixes, samplings, strict=True)):
             chosen = self._mix(mix, number, len(prompts))
             rows.append(Row(index, prompt, limit, sampling, chosen, recompute, len(weights or [0])))
-        beside = [] if self._runner.alike is None else self._going
+        beside = [] if self._runner.rows_differ else self._going
         with self._held([*beside, *rows]) as (reading, now):
             self._ready(reading)
             self._require_alike(now)

@@ -74,6 +74,11 @@ class Runner:
             self.prompted = self._tried(coefficients)
         self._with_mixes = coefficients is not None
 
+    @property
+    def rows_differ(self) -> bool:
+        """Whether it was tried, and found, that the rows of a step may have different mixes."""
+        return self._with_mixes and self.alike is None
+
     def program(self, state: State, changes: int, coefficients: Coefficients | None) -> tuple[Forward, Graphs | None]:
         """What steps run for the weights where they are now.
 
