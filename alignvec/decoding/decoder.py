@@ -17,7 +17,7 @@ from alignvec.decoding.generate import Blend, end_tokens, pad_token, padded, seq
 from alignvec.decoding.mixes import Follow, Schedule, Values, resolve
 from alignvec.decoding.prefill import Prefill, lent
 from alignvec.decoding.prefixes import Prefixes
-from alignvec.decoding.prompts import flat, token_ids, whole
+from alignvec.decoding.prompts import flat, require_room, token_ids, whole
 from alignvec.decoding.rows import Row
 from alignvec.decoding.runner import Runner
 from alignvec.decoding.sampling import Sampler, Sampling
@@ -188,7 +188,7 @@ class Decoder:
         prompts = [token_ids(prompt, vocabulary) for prompt in prompts]
         limit = whole(limit)
         for prompt in prompts:
-            self._require_room(prompt, limit)
+            require_room(prompt, limit, self._runner, self.max_length)
         weights = None if weights is None else shares(weights, prompts)
         if limit < 1:
             raise AlignvecError(f"max_new_tokens={limit} must be at least 1")
@@ -419,17 +419,6 @@ class Decoder:
     def _going(self) -> list[Row]:
         """Rows that have tokens left to generate."""
         return [row for row in self._rows if row is not None and not row.ended]
-
-    def _require_room(self, prompt: Sequence[int], limit: int) -> None:
-        """Refuse a prompt that a row has no room for with `limit` new tokens."""
-        room, short = self._runner.room, self._runner.short
-        if len(prompt) > room or len(prompt) + limit > room + 1:
-            what = f"{len(prompt)} tokens{f' and {limit} new ones' if limit > 0 else ''} do not fit"
-            if short is not None:
-                raise AlignvecError(f"{what} the {room} tokens of a row of {type(self.model).__name__}: {short}")
-            raise AlignvecError(
-                f"{what} max_length={self.max_length}, of which the last needs no place; make a decoder with more"
-            )
 
     def _require_alike(self, mixes: Mapping[int, Values | None]) -> None:
         """Refuse rows of one step whose mixes differ, where the model cannot run them."""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from alignvec.errors import AlignvecError
 from alignvec.numbers import shown
+
+if TYPE_CHECKING:
+    from alignvec.decoding.runner import Runner
 
 
 def flat(input_ids: Any) -> list[Any]:
@@ -71,3 +74,19 @@ def whole(limit: Any) -> int:
         return operator.index(limit)
     except TypeError:
         raise AlignvecError(f"max_new_tokens={shown(limit)} must be an integer of at least 1") from None
+
+
+def require_room(prompt: Sequence[int], limit: int, runner: Runner, max_length: int) -> None:
+    """Refuse a prompt that a row has no room for with `limit` new tokens.
+
+    Raises:
+        AlignvecError: it does not fit `max_length`, or what the model itself has room for.
+    """
+    room, short = runner.room, runner.short
+    if len(prompt) > room or len(prompt) + limit > room + 1:
+        what = f"{len(prompt)} tokens{f' and {limit} new ones' if limit > 0 else ''} do not fit"
+        if short is not None:
+            raise AlignvecError(f"{what} the {room} tokens of a row of {type(runner.model).__name__}: {short}")
+        raise AlignvecError(
+            f"{what} max_length={max_length}, of which the last needs no place; make a decoder with more"
+        )
