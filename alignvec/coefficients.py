@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from alignvec.errors import AlignvecError
-from alignvec.numbers import float32_number, shown
+from alignvec.numbers import BEYOND_FLOAT32, float32_number, shown
 from alignvec.pickling import NotPickled
 from alignvec.standing import PATIENCE, Standing
 from alignvec.steps import Place, Step, Values
@@ -129,7 +129,7 @@ class Coefficients(NotPickled):
 
     def mix(self, values: Mapping[str, float]) -> Values:
         """Values by name as one row of the table; names left out are 0."""
-        if not isinstance(values, Mapping):
+        if type(values) is not dict and not isinstance(values, Mapping):
             raise AlignvecError(f"{shown(values)} is no mix: give coefficients by name, as in {{'medical': 0.7}}")
         row = [0.0] * len(self.names)
         for name, value in values.items():
@@ -137,7 +137,8 @@ class Coefficients(NotPickled):
             if column is None:
                 known = ", ".join(self.names)
                 raise AlignvecError(f"no vector named {name!r} is attached; the attached ones are: {known}")
-            row[column] = float32_number(value, "the coefficient of", name)
+            fine = type(value) is float and -BEYOND_FLOAT32 < value < BEYOND_FLOAT32  # as nearly all are
+            row[column] = value if fine else float32_number(value, "the coefficient of", name)
         return tuple(row)
 
     def write(self, mixes: Sequence[Values], *, live: bool = False) -> bool:

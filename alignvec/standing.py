@@ -34,7 +34,8 @@ class Standing:
     """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._holders = 0
         self._movers = 0  # threads that move the model or wait for that
         self._moving = False
@@ -42,13 +43,13 @@ class Standing:
 
     def hold(self, inside: bool) -> None:
         """Keep the model as it stands until `release`. inside: this thread holds it already, or moves it."""
-        with self._changed:
+        with self._lock:
             while self._movers and not inside:
                 self._changed.wait()
             self._holders += 1
 
     def release(self) -> None:
-        with self._changed:
+        with self._lock:
             self._holders -= 1
             if self._movers:
                 self._changed.notify_all()
