@@ -113,7 +113,8 @@ def make(
             advance(info.nbytes)
         for i, (folder, spool) in enumerate(zip(folders, spools, strict=True)):
             spool.close()
-            describe(folder, kept[i], base, spec or title(kept[i].values()), source, errors[i])
+            form = spec or title(kept[i].values())
+            describe(folder, kept[i], base, form, source, errors[i], spool.checksums)
     if output is not None:
         return {name: AlignmentVector.load(Path(output) / name) for name in names}
     return {
