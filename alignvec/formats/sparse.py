@@ -10,7 +10,8 @@ ties   the largest magnitudes of the whole vector (the trim of TIES, arXiv 2306.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from alignvec.errors import AlignvecError
 from alignvec.formats import bits
 from alignvec.formats.spec import Encoded, Option, Spec, blocks, matrix, span
+from alignvec.formats.threshold import threshold
 
 OPTIONS: dict[str, Option] = {"density": 0.1, "method": "topk", "seed": 0, "threshold": 0.0}
 METHODS = ("topk", "dare", "ties")
@@ -67,7 +69,7 @@ def _kept(spec: Spec, delta: Tensor, name: str) -> Iterator[tuple[slice, Tensor]
         for block in blocks(*delta.shape):
             yield block, delta[block].float().abs() >= float(least)
     else:
-        limit = threshold(lambda: [delta], float(density))
+        limit = threshold(lambda: (partial(delta.__getitem__, block) for block in blocks(*delta.shape)), float(density))
         ties = max(1, round(float(density) * delta.numel()))
         for block in blocks(*delta.shape):
             ties -= int((delta[block].float().abs() > limit).sum())
@@ -77,39 +79,6 @@ def _kept(spec: Spec, delta: Tensor, name: str) -> Iterator[tuple[slice, Tensor]
             chosen = tied & (tied.cumsum(0) <= ties)
             ties -= int(chosen.sum())
             yield block, (magnitude > limit) | chosen.view_as(magnitude)
-
-
-def threshold(deltas: Callable[[], Iterable[Tensor]], density: float) -> float:
-    """The magnitude that `density` of all the deltas' weights reach: exactly the k-th largest, k = density * count.
-
-    `deltas` gives the tensors, or pieces of them, anew each time it is called, which is twice. Where fewer weights than
-    that differ from zero it is the smallest positive float32: never 0.
-    """
-    high = torch.zeros(1 << 15, dtype=torch.int64)
-    low = torch.zeros(1 << 16, dtype=torch.int64)
-    for patterns in _patterns(deltas()):
-        high += torch.bincount(patterns >> 16, minlength=len(high)).cpu()
-    rank = max(1, round(density * int(high.sum())))
-    digit, rank = _reached(high, rank)
-    for patterns in _patterns(deltas()):
-        low += torch.bincount(patterns[patterns >> 16 == digit] & 0xFFFF, minlength=len(low)).cpu()
-    pattern = max(1, digit << 16 | _reached(low, rank)[0])
-    return float(torch.tensor(pattern, dtype=torch.int32).view(torch.float32))
-
-
-def _patterns(deltas: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The bits of |delta| in float32 as int32, which are in the order of the magnitudes."""
-    for delta in deltas:
-        flat = delta.reshape(1, -1) if delta.dim() < 2 else delta.reshape(-1, delta.shape[-1])
-        for block in blocks(*flat.shape):
-            yield flat[block].float().abs().view(torch.int32).reshape(-1)
-
-
-def _reached(histogram: Tensor, rank: int) -> tuple[int, int]:
-    """The bin of the rank-th largest, and its rank among those of that bin."""
-    above = histogram.flip(0).cumsum(0)
-    place = int(torch.searchsorted(above, rank))
-    return len(histogram) - 1 - place, rank - (int(above[place - 1]) if place else 0)
 
 
 def decode(encoded: Encoded, base: Tensor | None, rows: slice | None) -> Tensor:
