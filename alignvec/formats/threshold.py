@@ -17,7 +17,12 @@ STEP = 1 << 17  # values counted at a time, so few that they stay in cache
 
 
 def threshold(pieces: Callable[[], Iterable[Piece]], density: float) -> float:
-    """The magnitude that `density` of all the values reach: exactly the k-th largest, k = density * count.
+    """The magnitude that `density` of all the values reach; see ``kth``."""
+    return kth(pieces, density)[0]
+
+
+def kth(pieces: Callable[[], Iterable[Piece]], density: float) -> tuple[float, int]:
+    """Exactly the k-th largest magnitude, k = density * count, and how many of that very magnitude are among the k.
 
     `pieces` gives the values' readers anew each time it is called; threads call them. Magnitudes are float32, ordered
     as their bits are: a first pass counts the upper halves of those, a second one the lower halves below the upper half
@@ -44,8 +49,11 @@ def threshold(pieces: Callable[[], Iterable[Piece]], density: float) -> float:
         again = (piece for piece, is_wide in zip(pieces(), wide, strict=True) if is_wide)
         for counts in in_order(partial(_second, piece, digit) for piece in again):
             low += counts
-    pattern = max(1, digit << 16 | _reached(low, rank)[0])
-    return float(torch.tensor(pattern, dtype=torch.int32).view(torch.float32))
+    lower, rank = _reached(low, rank)
+    pattern = digit << 16 | lower
+    if pattern <= 0:
+        pattern, rank = 1, int(high.sum())
+    return float(torch.tensor(pattern, dtype=torch.int32).view(torch.float32)), rank
 
 
 def _first(piece: Piece, slot: int) -> tuple[torch.dtype, Tensor]:

@@ -101,11 +101,10 @@ class _Piece:
             self.error += float(torch.dot(lost, lost))
 
     def add(self, other: _Piece) -> None:
-        self.some, self.square, self.error = (
-            self.some or other.some,
-            self.square + other.square,
-            self.error + other.error,
-        )
+        """Count another stretch to this one; values stay as they are."""
+        self.some = self.some or other.some
+        self.square += other.square
+        self.error += other.error
 
 
 class _Run:
@@ -152,7 +151,7 @@ class _Run:
             for number, pieces in enumerate(results):
                 for out, piece in zip(made, pieces, strict=True):
                     out[number * STEP : (number + 1) * STEP] = piece.values
-        return [out.view(info.shape) for out in made]
+        return [out.view(info.shape).to(self.device) for out in made]
 
     def _jobs(self, name: str, dtype: torch.dtype) -> Iterator[Callable[[int], list[_Piece]]]:
         numel = self.tensors[name].numel
