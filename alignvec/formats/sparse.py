@@ -28,6 +28,7 @@ from alignvec.sources import in_order
 OPTIONS: dict[str, Option] = {"density": 0.1, "method": "topk", "seed": 0, "threshold": 0.0}
 METHODS = ("topk", "dare", "ties")
 T = TypeVar("T")
+PART = 1 << 17  # weights encoded at a time, so few that intermediates stay in cache
 _Chosen: TypeAlias = tuple[Tensor, Tensor]  # the bitmap of some rows, and the values that it keeps
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -48,7 +49,7 @@ def encode(spec: Spec, delta: Tensor, base: Tensor | None, aligned: Tensor | Non
     delta = delta.reshape(rows, cols)
     delta = delta if delta.dtype in DTYPES else delta.float()
     bitmap = torch.empty(rows, bits.row_bytes(cols, 1), dtype=torch.uint8, device=delta.device)
-    parts, values = list(blocks(rows, cols)), []
+    parts, values = list(blocks(rows, cols, PART)), []
     for block, (packed, kept) in zip(parts, _worked(_choices(spec, delta, parts, name)), strict=True):
         bitmap[block] = packed
         values.append(kept)
