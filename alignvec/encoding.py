@@ -145,8 +145,8 @@ class _Run:
                 stored = exact_delta(name, base, aligned)
         encoded = formats.encode(spec, stored, base, name, aligned=aligned)
         if encoded.name == "lossless":
-            return encoded, Error.of(0.0, _square(delta))
-        return encoded, Error.of(formats.squared_error(encoded, delta), _square(delta))
+            return encoded, Error.of(0.0, square(delta))
+        return encoded, Error.of(formats.squared_error(encoded, delta), square(delta))
 
     def _values(self, name: str, lossless: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The delta in float32 (or wider); for lossless the base and, where there is one, the aligned tensor, too."""
@@ -163,12 +163,15 @@ class _Run:
         aligned = _whole(self.aligned.read, name, info.numel, after).view(info.shape)
         return aligned.to(info.dtype) - base, base, aligned
 
-    def _matrices(self) -> Iterator[Tensor]:
-        """Pieces of the deltas that sparse would store, in the dtype that it would store."""
+    def _matrices(self) -> Iterator[Callable[[], Tensor]]:
+        """What reads pieces of the deltas that sparse would store, in the dtype that it would store."""
         for name, info in self.vector.tensors.items():
             if len(info.shape) > 1:
-                for piece in self.vector.chunks(name):
-                    yield piece.to(self.kept[name])
+                for start in range(0, info.numel, STEP):
+                    yield partial(self._piece, name, start, min(start + STEP, info.numel))
+
+    def _piece(self, name: str, start: int, stop: int) -> Tensor:
+        return self.vector.read(name, start, stop).to(self.kept[name])
 
 
 def _whole(read: Callable[[str, int, int], Tensor], name: str, numel: int, dtype: torch.dtype) -> Tensor:
@@ -183,7 +186,8 @@ def _whole(read: Callable[[str, int, int], Tensor], name: str, numel: int, dtype
     return out
 
 
-def _square(delta: Tensor) -> float:
+def square(delta: Tensor) -> float:
+    """The sum of a delta's squares, in float64."""
     flat = delta.reshape(-1)
     return sum(float(flat[start : start + STEP].double().square().sum()) for start in range(0, flat.numel(), STEP))
 
