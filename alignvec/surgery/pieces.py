@@ -21,6 +21,7 @@ from alignvec.deltas import STEP, dense_header
 from alignvec.description import STEM, Error, describe
 from alignvec.errors import AlignvecError
 from alignvec.formats import finite
+from alignvec.integrity import checksum_of, meaning
 from alignvec.progress import bytes_bar
 from alignvec.sources import in_order
 from alignvec.streaming import MemoryWriter
@@ -74,7 +75,7 @@ def make_by_pieces(
         for i, (folder, writer) in enumerate(zip(folders, writers, strict=True)):
             writer.close()
             headers = {name: dense_header(stored[name].shape) for name in errors[i]}
-            describe(folder, headers, base, "dense", source, errors[i])
+            describe(folder, headers, base, "dense", source, errors[i], run.checksums[i])
     return {name: AlignmentVector.load(Path(output) / name) for name in names}
 
 
@@ -86,6 +87,7 @@ class _Piece:
     some: bool = False  # whether any is not zero
     square: float = 0.0
     error: float = 0.0  # the sum of the squares of what rounding changed
+    digits: str = ""  # of the checksum, where one is kept
 
     @classmethod
     def empty(cls, size: int, dtype: torch.dtype) -> _Piece:
@@ -105,6 +107,7 @@ class _Piece:
         self.some = self.some or other.some
         self.square += other.square
         self.error += other.error
+        self.digits += other.digits
 
 
 class _Run:
@@ -113,6 +116,7 @@ class _Run:
     ) -> None:
         self.vectors, self.results, self.compute, self.device = list(vectors.values()), results, compute, device
         self.tensors = total(vectors).tensors
+        self.checksums: list[dict[str, dict[str, str]]] = [{} for _ in range(results)]  # of what was streamed
 
     def stream(
         self, stored: Mapping[str, TensorInfo], writers: Sequence[ShardWriter | MemoryWriter], *, progress: bool
@@ -136,10 +140,11 @@ class _Run:
                         writer.write(piece.values)
                         whole.add(piece)
                     advance(min(STEP, info.numel - start) * info.dtype.itemsize)
-                for writer, whole, errors in zip(writers, made, found, strict=True):
+                for writer, whole, errors, checksums in zip(writers, made, found, self.checksums, strict=True):
                     if whole.some:
                         writer.end()
                         errors[name] = Error.of(whole.error, whole.square)
+                        checksums[name] = {"": whole.digits}
                     else:
                         writer.roll_back()
         return [{name: errors[name] for name in stored if name in errors} for errors in found]
@@ -161,6 +166,7 @@ class _Run:
     def _pieces(self, name: str, start: int, stop: int, dtype: torch.dtype, slot: int) -> list[_Piece]:
         given = [vector.read(name, start, stop) if name in vector else None for vector in self.vectors]
         made = [_Piece.empty(stop - start, dtype) for _ in range(self.results)]
+        seed = meaning(name, dense_header(self.tensors[name].shape), "", dtype, self.tensors[name].shape)
         for first in range(0, stop - start, PART):
             part = slice(first, min(first + PART, stop - start))
             deltas = [self._moved(values, part, computed_in(self.tensors[name])) for values in given]
@@ -169,6 +175,7 @@ class _Run:
         for piece in made:
             if not math.isfinite(piece.square + piece.error) and not finite(piece.values):
                 raise AlignvecError(f"delta {name} of the result leaves the range of {dtype}: choose a wider dtype")
+            piece.digits = checksum_of(piece.values, seed)
         return made
 
     def _moved(self, values: Tensor | None, part: slice, dtype: torch.dtype) -> Tensor:

@@ -11,7 +11,7 @@ from peft.utils import merge_utils
 from torch import Tensor
 
 import alignvec
-from alignvec import AlignmentVector, AlignvecError, formats, surgery
+from alignvec import AlignmentVector, AlignvecError, formats, integrity, surgery
 from alignvec.formats import threshold
 from alignvec.surgery import pieces, sparse
 
@@ -22,6 +22,7 @@ SHAPES = {"a.weight": (10, 20), "b.weight": (4, 5, 10), "norm": (30,), "one": (1
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name, size in (
         (pieces, "STEP", 64),
+        (integrity, "BLOCK", 128),
         (pieces, "PART", 24),
         (sparse, "STEP", 48),
         (threshold, "STEP", 7),
