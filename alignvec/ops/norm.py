@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alignvec.kernels import eager
+from alignvec.kernels.mixes import widened
 from alignvec.kernels.reference import token_coefficients
 from alignvec.ops.backend import kernel, unview
 
@@ -76,7 +78,7 @@ def _rms_norm_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
 
 def _rms_norm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, deltas, columns, table, rows = ctx.saved_tensors
-    flat, g = _flat(x).float(), _flat(grad).float()
+    flat, g = widened(_flat(x)), widened(_flat(grad))
     scale = torch.rsqrt(flat.square().mean(-1, keepdim=True) + ctx.eps)
     unit = flat * scale
     mixed = _mixed(weight, deltas, columns, table, rows, len(flat)) + ctx.offset
@@ -94,7 +96,7 @@ def _layer_norm_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> No
 
 def _layer_norm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, deltas, columns, table, rows = ctx.saved_tensors
-    flat, g = _flat(x).float(), _flat(grad).float()
+    flat, g = widened(_flat(x)), widened(_flat(grad))
     centred = flat - flat.mean(-1, keepdim=True)
     scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + ctx.eps)
     unit = centred * scale
@@ -110,10 +112,10 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _mixed(weight: Tensor, deltas: Tensor | None, columns: Tensor, table: Tensor, rows: Tensor, tokens: int) -> Tensor:
-    """The weight of each token, float32 [tokens, features], or where no vector edits it [features]."""
+    """The weight of each token, [tokens, features], or where no vector edits it [features]; reads device data only."""
     if deltas is None:
-        return weight.float()
-    return torch.addmm(weight.float(), token_coefficients(table, rows, columns, tokens), deltas.float())
+        return widened(weight)
+    return eager.token_vectors(weight, deltas, token_coefficients(table, rows, columns, tokens))
 
 
 torch.library.register_autograd("alignvec::rms_norm", _rms_norm_backward, setup_context=_rms_norm_context)
