@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from alignvec.kernels.mixes import DeviceMix, Mix, Run, device_mix_of, runs_of, unused, widened
-from alignvec.kernels.operands import Operand, aligned, decode
+from alignvec.kernels.operands import Operand, aligned, decode, matrix_shape
 from alignvec.kernels.reference import token_coefficients
 
 # Weights in a block: 1 MiB as float32, a second-level cache. Much smaller blocks would starve a GEMM's threads.
@@ -303,7 +303,7 @@ def mix(
     weight [*, in], operands of [prod(*), in] -> [batch, *, in].
     """
     c = token_coefficients(table, rows, columns, batch)
-    matrix = weight.reshape(-1, weight.shape[-1] if weight.dim() else 1)
+    matrix = weight.reshape(matrix_shape(weight))
     mixed = matrix.to(torch.promote_types(weight.dtype, torch.float32)).expand(batch, *matrix.shape)
     for i, operand in enumerate(operands):
         own = c[:, i, None, None]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from alignvec.kernels.operands import Operand, decode
+from alignvec.kernels.operands import Operand, decode, matrix_shape
 
 
 def token_coefficients(
@@ -101,7 +101,7 @@ def mix(
 ) -> Tensor:
     """`w[b] = w + sum_i c[b, i] D_i` in `dtype`: weight [*, in], operands of [prod(*), in] -> [batch, *, in]."""
     c = token_coefficients(table, rows, columns, batch).to(dtype)
-    matrix = weight.reshape(-1, weight.shape[-1])
+    matrix = weight.reshape(matrix_shape(weight))
     mixed = matrix.to(dtype).expand(batch, *matrix.shape)
     for i, operand in enumerate(operands):
         mixed = mixed + weighted(c[:, i, None, None], decode(operand, matrix).to(dtype))

@@ -44,8 +44,7 @@ def _mix(
 
 
 def _operands(specs: list[str], parts: list[Tensor], weight: Tensor) -> list[Operand]:
-    columns = weight.shape[-1] if weight.dim() else 1
-    return operands.parse(specs, parts, (weight.numel() // columns, columns))
+    return operands.parse(specs, parts, operands.matrix_shape(weight))
 
 
 @torch.library.register_fake("alignvec::mix")

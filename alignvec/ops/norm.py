@@ -10,7 +10,7 @@ from torch import Tensor
 from alignvec.kernels import eager
 from alignvec.kernels.mixes import widened
 from alignvec.kernels.reference import token_coefficients
-from alignvec.ops.backend import kernel, unview
+from alignvec.ops.backend import by_token, kernel, unview
 
 torch.library.define(
     "alignvec::rms_norm",
@@ -40,7 +40,7 @@ def _rms_norm(
 ) -> Tensor:
     """`x / rms(x) (offset + w + sum_i table[row, columns[i]] d_i)`: x [..., features], deltas [k, features] or None."""
     run = kernel(x.device, backend, "norm", "rms_norm")
-    flat = x.reshape(-1, x.shape[-1])
+    flat = by_token(x)
     y: Tensor = run(flat, weight, deltas, columns, table, rows, eps=eps, offset=offset)
     return unview(y, *x.shape)
 
@@ -60,7 +60,7 @@ def _layer_norm(
 ) -> Tensor:
     """`(x - mean(x)) / std(x) w' + b'` with w' and b' of each row: x [..., features], deltas [k, features]."""
     run = kernel(x.device, backend, "norm", "layer_norm")
-    flat = x.reshape(-1, x.shape[-1])
+    flat = by_token(x)
     y: Tensor = run(flat, weight, bias, deltas, bias_deltas, columns, table, rows, eps=eps)
     return unview(y, *x.shape)
 
@@ -78,7 +78,7 @@ def _rms_norm_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
 
 def _rms_norm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, deltas, columns, table, rows = ctx.saved_tensors
-    flat, g = widened(_flat(x)), widened(_flat(grad))
+    flat, g = widened(by_token(x)), widened(by_token(grad))
     scale = torch.rsqrt(flat.square().mean(-1, keepdim=True) + ctx.eps)
     unit = flat * scale
     mixed = _mixed(weight, deltas, columns, table, rows, len(flat)) + ctx.offset
@@ -96,7 +96,7 @@ def _layer_norm_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> No
 
 def _layer_norm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, deltas, columns, table, rows = ctx.saved_tensors
-    flat, g = widened(_flat(x)), widened(_flat(grad))
+    flat, g = widened(by_token(x)), widened(by_token(grad))
     centred = flat - flat.mean(-1, keepdim=True)
     scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + ctx.eps)
     unit = centred * scale
@@ -105,10 +105,6 @@ def _layer_norm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_weight = None if weight is None else (g * unit).sum(0).to(weight.dtype)
     grad_bias = None if ctx.bias_dtype is None else g.sum(0).to(ctx.bias_dtype)
     return grad_x.to(x.dtype).view(x.shape), grad_weight, grad_bias, *(None,) * 7
-
-
-def _flat(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
 
 
 def _mixed(weight: Tensor, deltas: Tensor | None, columns: Tensor, table: Tensor, rows: Tensor, tokens: int) -> Tensor:

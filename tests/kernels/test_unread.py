@@ -118,7 +118,9 @@ def test_norms(name, dtype, rows):
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("name", MATERIALISED)
 def test_materialise(name, format):
-    (_, weight, _, vectors, _, columns, table, rows, _), (_, _, _, huge, *_), _ = _make(Case(1, 33, 150, 2, format=format))
+    (_, weight, _, vectors, _, columns, table, rows, _), (_, _, _, huge, *_), _ = _make(
+        Case(1, 33, 150, 2, format=format)
+    )
     found = []
     for own in (vectors, huge):
         out = torch.full_like(weight, torch.nan)
