@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from alignvec.kernels.mixes import DeviceMix, Mix, Run, device_mix_of, runs_of, unused, widened
+from alignvec.kernels.mixes import DeviceMix, Mix, Run, device_mix_of, readers, runs_of, widened
 from alignvec.kernels.operands import Operand, aligned, decode, matrix_shape
 from alignvec.kernels.reference import token_coefficients
 
@@ -178,8 +178,8 @@ def linear_input_grad(
     for block in _blocks(weight):
         part = _columns(wide, block)
         total.addmm_(part, _widen(weight, block, compute))
-        for i, c in device_mix:
-            c.add_product(narrow.get(i, total), part, _factor(operands[i], weight, block, compute))
+        for i, own in device_mix:
+            own.add_product(narrow.get(i, total), part, _factor(operands[i], weight, block, compute))
     for i, left in narrow.items():
         total.addmm_(left, operands[i].parts[0].to(compute))
     return total.to(grad.dtype)
@@ -259,12 +259,13 @@ def embedding(
     c = token_coefficients(table, rows, columns, ids.shape[0], token_rows)
     base = F.embedding(ids, weight)
     y = base.to(compute)
-    for i, operand in enumerate(operands):
-        own = c[:, i, None]
-        if unused(own):
+    for i, (operand, (some, every)) in enumerate(zip(operands, readers(c), strict=True)):
+        if not some:
             continue
+        own = c[:, i, None]
         delta = F.embedding(ids, operand.parts[0]) if operand.kind == "dense" else decode(take(operand, ids), base)
-        y = torch.where(own == 0, y, torch.addcmul(y, own, delta))
+        sums = torch.addcmul(y, own, delta)
+        y = sums if every else torch.where(own == 0, y, sums)
     return y.to(weight.dtype)
 
 
@@ -305,12 +306,12 @@ def mix(
     c = token_coefficients(table, rows, columns, batch)
     matrix = weight.reshape(matrix_shape(weight))
     mixed = matrix.to(torch.promote_types(weight.dtype, torch.float32)).expand(batch, *matrix.shape)
-    for i, operand in enumerate(operands):
-        own = c[:, i, None, None]
-        if unused(own):
+    for i, (operand, (some, every)) in enumerate(zip(operands, readers(c), strict=True)):
+        if not some:
             continue
+        own = c[:, i, None, None]
         sums = torch.addcmul(mixed, own, _delta(operand, matrix, None))
-        mixed = sums if batch == 1 and own.is_cpu else torch.where(own == 0, mixed, sums)
+        mixed = sums if every else torch.where(own == 0, mixed, sums)
     return mixed.reshape(batch, *weight.shape)
 
 
@@ -411,22 +412,15 @@ def row_vectors(
     total = widened(vector)
     if deltas is None:
         return total
-    count = int(rows) if token_rows is None and rows.is_cpu else 0
-    if count == 1:
-        for i, c in enumerate(table[0, columns].tolist()):
-            if c != 0:
-                total = torch.add(total, deltas[i], alpha=c)
-        return total
-    shared = count > 0 and tokens % count == 0  # each row's once, not each token's
-    c = token_coefficients(table, rows, columns, count if shared else tokens, token_rows)
-    total = token_vectors(vector, deltas, c)
-    return total.repeat_interleave(tokens // count, 0) if shared else total
+    if token_rows is None and rows.is_cpu and int(rows) == 1:
+        return torch.addmv(total, deltas.to(total.dtype).t(), table[0, columns].to(total.dtype))
+    return token_vectors(vector, deltas, token_coefficients(table, rows, columns, tokens, token_rows))
 
 
 def token_vectors(vector: Tensor, deltas: Tensor, c: Tensor) -> Tensor:
-    """`v + sum_i c[m, i] d_i`: vector [features], deltas [k, features], c [tokens, k] -> [tokens, features]."""
-    total = widened(vector).expand(len(c), -1)
-    for i, delta in enumerate(deltas):
-        own = c[:, i, None]
-        total = torch.where(own == 0, total, torch.addcmul(total, own, delta))
-    return total
+    """`v + sum_i c[m, i] d_i`: vector [features], deltas [k, features], c [tokens, k] -> [tokens, features].
+
+    Deltas are finite, which `attach` sees to: 0 times one of them adds nothing.
+    """
+    total = widened(vector)
+    return torch.addmm(total, c.to(total.dtype), deltas.to(total.dtype))

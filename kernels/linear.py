@@ -76,9 +76,15 @@ def linear_group(
                 f"{len(p.operands)} vectors edit one layer; the Triton kernels take {MAX_VECTORS}, use backend 'torch'"
             )
     if x.dtype == torch.float64:
-        how = {"execution": execution, "precision": precision}
-        layers = [(p.weight, p.bias, p.operands, p.bias_deltas, p.columns) for p in projections]
-        return [eager.linear(x, *layer, table, rows, token_rows, **how) for layer in layers]
+        shared = (table, rows, token_rows)
+        return [
+            eager.linear(
+                *(x, p.weight, p.bias, p.operands, p.bias_deltas, p.columns, *shared),
+                execution=execution,
+                precision=precision,
+            )
+            for p in projections
+        ]
     tokens, exact = x.shape[0], precision == "exact"
     if execution == "auto":
         execution = "split" if exact and tokens <= tiling.DECODE_TOKENS else "combine"

@@ -308,8 +308,8 @@ def materialise(
 ) -> Tensor:
     """Write `W + sum_i c_i D_i`, rounded once, to `out`, and what that rounding lost to `low`; returns `out`.
 
-    weight, out, low [out, in] (a bias is one row), all float32, bfloat16 or float16, any strides, or float64, which runs
-    in plain torch; columns int32 [k], table float32 [max_rows, n_vectors], rows int32 [1]. c_i is
+    weight, out, low [out, in] (a bias is one row), all float32, bfloat16 or float16, any strides, or float64, which
+    plain torch takes; columns int32 [k], table float32 [max_rows, n_vectors], rows int32 [1]. c_i is
     `table[0, columns[i]]`, read on the device; all is NaN where more rows than one are in use, which have no one mix.
     `out + low` is the mix to within 2^-17. Deterministic.
 

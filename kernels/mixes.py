@@ -82,9 +82,12 @@ def runs_of(tokens: int, columns: Tensor, table: Tensor, rows: Tensor, token_row
     return runs
 
 
-def unused(c: Tensor) -> bool:
-    """Whether the host sees that a vector's coefficients are all 0."""
-    return c.is_cpu and not c.any()
+def readers(c: Tensor) -> list[tuple[bool, bool]]:
+    """Of each vector whether some token reads it, and whether all do, as far as the host sees: c [tokens, k]."""
+    if not c.is_cpu:
+        return [(True, False)] * c.shape[1]
+    used = c != 0
+    return list(zip(used.any(0).tolist(), used.all(0).tolist(), strict=True))
 
 
 def widened(t: Tensor) -> Tensor:

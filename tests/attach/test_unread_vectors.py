@@ -1,5 +1,5 @@
-"""A row at coefficient 0 does not read a vector that the row beside it does: in whole models, with deltas whose products
-overflow, its logits have the bits that they have beside a vector of ordinary size."""
+"""A row at coefficient 0 does not read a vector that the row beside it does: in whole models, with deltas whose
+products overflow, its logits have the bits that they have beside a vector of ordinary size."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ CASES = [
     for architecture in ("Mistral", "GPT2", "Mixtral")
     for tokens in (1, 8)
 ]
-CASES += [("triton", "Mistral", "auto", 8), ("cpp", "Mistral", "combine", 8), ("torch", "Mistral", "split", 20)]
+CASES += [("cpp", "Mistral", "combine", 8), ("torch", "Mistral", "split", 20)]
 
 
 @pytest.mark.parametrize(("backend", "architecture", "execution", "tokens"), CASES)
@@ -79,7 +79,7 @@ def test_formats(backend: str, name: str) -> None:
         pytest.skip(reason)
     model = model_of("Mistral", torch.bfloat16).to(DEVICE)
     tame = encoded(model, 1, name, base=False)
-    tame = tame.select([n for n in tame.names if not tame.encoded(n).name == "dense"])
+    tame = tame.select([n for n in tame.names if tame.encoded(n).name != "dense"])
     expected = _logits(model, tame, backend, "auto", 4)
     found = _logits(model, _overflowing(tame), backend, "auto", 4)
     assert torch.equal(found[0], expected[0])
@@ -99,16 +99,3 @@ def test_gradient() -> None:
         gradients.append(x.grad[0])
         alignment.detach()
     assert torch.equal(*gradients)
-
-
-@torch.no_grad()
-def test_decoder() -> None:
-    model = tiny("Mistral", num_hidden_layers=1).to(DEVICE)
-    tame = random_vector(model, 1, base=False)
-    texts = []
-    for own in (tame, _overflowing(tame)):
-        alignment = alignvec.attach(model, {"own": own, "other": random_vector(model, 5, base=False)})
-        decoder = alignment.decoder(max_length=40, max_batch=2)
-        texts.append(decoder.generate(_ids(6), mixes=MIXES, max_new_tokens=8)[0])
-        alignment.detach()
-    assert torch.equal(*texts)

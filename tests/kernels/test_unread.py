@@ -24,11 +24,13 @@ from tests.kernels.unread import HUGE, overflowing, table_of, unread
 if CPP:
     from alignvec.compiled import cpu
 
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter, of what overflows
+
 CASES = [Case(4, 33, 150, 2, rows=4, format=name, bias=True) for name in FORMATS]
 CASES += [Case(tokens, 33, 70, 2, rows=rows) for tokens, rows in ((1, 1), (2, 2), (8, 2), (17, "random"), (64, 4))]
-CASES += [Case(64, 33, 150, 2, rows=2, format=name) for name in ("int4:32", "sign:row", "lossless:4", "low-rank")]
+CASES += [Case(64, 33, 150, 2, rows=2, format=name) for name in ("int4:32", "lossless:4", "low-rank")]
 CASES += [Case(8, 33, 70, 2, FP32, rows=2, format=name) for name in ("dense", "sparse", "low-rank", "int8:32")]
-CASES += [Case(8, 33, 70, 2, FP16, FP32, rows=2, format=name) for name in ("dense", "sparse", "low-rank", "sign:row")]
+CASES += [Case(8, 33, 70, 2, FP16, FP32, rows=2, format=name) for name in ("dense", "low-rank", "sign:row")]
 EMBEDDINGS = {"torch": eager.embedding, "triton": embedding} | ({"cpp": cpu.embedding} if CPP else {})
 RMS_NORMS = {"torch": eager.rms_norm, "triton": rms_norm} | ({"cpp": cpu.rms_norm} if CPP else {})
 LAYER_NORMS = {"torch": eager.layer_norm, "triton": layer_norm} | ({"cpp": cpu.layer_norm} if CPP else {})
@@ -67,7 +69,7 @@ def test_linear(case, name):
     assert_one_rounding(reference.linear(*huge)[own].to(y.dtype), truth[own])
 
 
-@pytest.mark.parametrize("name", [name for name in IMPLEMENTATIONS if not name.endswith("split_k")])
+@pytest.mark.parametrize("name", ["torch-auto", "triton-split", "triton-combine", *(["cpp-auto"] if CPP else [])])
 @pytest.mark.parametrize("format", FORMATS)
 def test_no_token_reads_it(format, name):
     tame, huge, own = _make(Case(5, 33, 70, 2, format=format), first=0.0)
@@ -76,7 +78,7 @@ def test_no_token_reads_it(format, name):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradient_of_the_input(case):
-    (x, weight, _, vectors, _, *rest), (_, _, _, huge, _, *_), own = _make(case)
+    (_, weight, _, vectors, _, *rest), (_, _, _, huge, _, *_), own = _make(case)
     grad = torch.randn(case.tokens, case.out_features, device=DEVICE).to(case.dtype)
     _assert_unread(eager.linear_input_grad, (grad, weight, vectors, *rest), (grad, weight, huge, *rest), own)
 
@@ -101,8 +103,8 @@ def test_norms(name, dtype, rows):
     x, _, _, _, _, columns, _, used, token_rows = case.make()
     weight, bias, *deltas = torch.randn(4, 33, device=DEVICE).to(dtype)
     tame = torch.stack(deltas).float()
-    huge = torch.stack([torch.full_like(tame[0], torch.inf), tame[1]])
-    rest = (columns, table_of(case, columns.cpu(), 1.0).to(DEVICE), used, token_rows)
+    huge = torch.stack([torch.full_like(tame[0], HUGE), tame[1]])
+    rest = (columns, table_of(case, columns.cpu(), 10.0).to(DEVICE), used, token_rows)  # 3e39 is infinite
     own = unread(case, token_rows).to(DEVICE)
 
     def rms(deltas):
