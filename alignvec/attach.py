@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -167,7 +168,12 @@ class _Walk:
                 f"{path} has a parametrization, which computes its weight from others; remove it with "
                 "torch.nn.utils.parametrize.remove_parametrizations before attaching"
             )
-        made = {name: self._deltas(module, name, full, columns, device) for name, full in edited.items()}
+        made = {}
+        for name, full in edited.items():
+            try:
+                made[name] = self._deltas(module, name, full, columns, device)
+            except AlignvecError as error:
+                raise error if full in str(error) else AlignvecError(f"{full}: {error}") from None
         return Edit(self.coefficients, columns, made, self.choices, device, path)
 
     def _deltas(
@@ -214,8 +220,8 @@ def _stacked(read: Mapping[int, Delta], value: torch.Tensor, k: int, device: tor
     """Of a parameter of one dimension, or none: one tensor [k, features], in a dtype that holds every vector's."""
     present = {i: delta() for i, delta in read.items()}
     values = {i: prepack.dense(encoded, value, device).reshape(-1) for i, encoded in present.items()}
-    dtypes = {delta.dtype for delta in values.values()}
-    stack = torch.zeros(k, value.numel(), dtype=dtypes.pop() if len(dtypes) == 1 else torch.float32, device=device)
+    dtype = functools.reduce(torch.promote_types, (delta.dtype for delta in values.values()))
+    stack = torch.zeros(k, value.numel(), dtype=dtype, device=device)
     for i, delta in values.items():
         stack[i].copy_(delta)
     return Deltas([], stack=stack)

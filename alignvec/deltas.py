@@ -313,3 +313,7 @@ def require_finite(name: str, values: Tensor) -> None:
 def _require_floating(name: str, dtype: torch.dtype) -> None:
     if not dtype.is_floating_point:
         raise AlignvecError(f"delta {name} is {dtype}, but a delta must be a floating tensor")
+    if dtype.itemsize < 2:
+        raise AlignvecError(
+            f"delta {name} is {dtype}, whose values nothing adds up; convert it to bfloat16, which holds them all"
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -14,7 +15,7 @@ from alignvec.coefficients import Coefficients
 from alignvec.errors import AlignvecError, RowsError
 from alignvec.foreign import ByRow, Mix, Unformed
 from alignvec.fused import Fused
-from alignvec.kernels.operands import Operand, decode, dense
+from alignvec.kernels.operands import Operand, decode, dense, matrix_shape
 from alignvec.tracing import traced
 
 if TYPE_CHECKING:
@@ -55,9 +56,7 @@ class Deltas:
 
     def matrix(self, parameter: Tensor) -> Tensor:
         """The parameter as the matrix that the operands belong to."""
-        return (
-            parameter.t() if self.transposed else parameter.reshape(-1, parameter.shape[-1] if parameter.dim() else 1)
-        )
+        return parameter.t() if self.transposed else parameter.reshape(matrix_shape(parameter))
 
     def to(self, device: torch.device) -> None:
         if self.stack is not None:
@@ -384,7 +383,7 @@ class Edit:
 
 def _divides(x: Tensor, batch: int) -> bool:
     """Whether x has as much for each sequence: [batch, ...], flattened, or [samples, choices, ...] of batch choices."""
-    tokens = x.numel() // x.shape[-1] if x.is_floating_point() else x.numel()
+    tokens = math.prod(x.shape[:-1]) if x.is_floating_point() else x.numel()
     return x.shape[0] % batch == 0 or (batch % x.shape[0] == 0 and tokens % batch == 0)
 
 

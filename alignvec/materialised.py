@@ -89,6 +89,8 @@ def _sample(
     realised: RealisedCoefficients, base: Tensor, mixed: Tensor, deltas: Deltas, columns: Tensor, step: int
 ) -> None:
     """Take one weight in `step` into account: output rows, and of few rows, inputs."""
+    if not base.numel():
+        return
     step_rows = min(step, base.shape[0])
     inputs = slice(None, None, step // step_rows)
     chosen = torch.arange(0, base.shape[0], step_rows, device=base.device)

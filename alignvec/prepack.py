@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from alignvec.errors import AlignvecError
 from alignvec.formats import Encoded, bits, decode, lossless
 from alignvec.formats.lossless import DTYPES
-from alignvec.formats.spec import blocks
+from alignvec.formats.spec import blocks, finite
 from alignvec.kernels import operands
 from alignvec.kernels.operands import Operand
 
@@ -49,7 +50,7 @@ def operand(encoded: Encoded, weight: Tensor, device: torch.device, *, transpose
         or (name == "sparse" and columns <= MOST_SPARSE_INPUTS)
     )
     if not packed:
-        made = operands.dense(dense(encoded, weight, device).reshape(-1, columns))
+        made = operands.dense(dense(encoded, weight, device).reshape(operands.matrix_shape(weight)))
         return made.transpose() if transposed else made
     parts = {key: part.to(device) for key, part in encoded.parts.items()}
     if name == "lossless":
@@ -69,13 +70,23 @@ def dense(encoded: Encoded, weight: Tensor, device: torch.device) -> Tensor:
 
     float64 values are float32's for any weight but a float64 one: kernels multiply no wider than float32.
     `weight`: as for `operand`. Of a float32 weight the lossless checkpoints' dtype holds the very values.
+
+    Raises:
+        AlignvecError: float64 values that are no finite ones of float32, for a weight that is not float64.
     """
     moved = Encoded(
         encoded.name, encoded.shape, encoded.options, {key: part.to(device) for key, part in encoded.parts.items()}
     )
     if encoded.name == "dense":
         values = decode(moved)
-        return values.float() if values.dtype == torch.float64 != weight.dtype else values
+        if values.dtype != torch.float64 or weight.dtype == torch.float64:
+            return values
+        if not finite(narrow := values.float()):
+            raise AlignvecError(
+                f"a float64 delta goes beyond float32's range, in which it is added to a weight of {weight.dtype}; "
+                "load the model in float64, or scale the vector down and raise its coefficient"
+            )
+        return narrow
     dtype = DTYPES[str(encoded.options["dtype"])] if encoded.name == "lossless" else torch.bfloat16
     if encoded.name == "sparse":
         dtype = encoded.parts["values"].dtype
@@ -86,8 +97,8 @@ def dense(encoded: Encoded, weight: Tensor, device: torch.device) -> Tensor:
 
 def matrix_shape(weight: Tensor, transposed: bool) -> tuple[int, int]:
     """Of the matrix that a weight [*, cols] is multiplied as."""
-    columns = weight.shape[-1]
-    return (columns, weight.numel() // columns) if transposed else (weight.numel() // columns, columns)
+    rows, columns = operands.matrix_shape(weight)
+    return (columns, rows) if transposed else (rows, columns)
 
 
 def _lossless(encoded: Encoded, weight: Tensor) -> Operand:

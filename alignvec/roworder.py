@@ -15,6 +15,7 @@ from torch import Tensor
 
 from alignvec.errors import RowsError
 from alignvec.foreign import ByRow, together
+from alignvec.kernels.mixes import widened
 from alignvec.tracing import traced
 
 if TYPE_CHECKING:
@@ -221,7 +222,7 @@ def _dtype(view: Aligned, args: Any, kwargs: Any) -> torch.dtype:
 
 
 def _widened(_: str, item: Any) -> Any:
-    return item.float() if isinstance(item, Tensor) and item.is_floating_point() else item
+    return widened(item) if isinstance(item, Tensor) and item.is_floating_point() else item
 
 
 def _narrowed(value: Any, dtypes: Mapping[str, torch.dtype], default: torch.dtype) -> Any:

@@ -101,9 +101,11 @@ def combine_kernel(
                 zero = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
                 if kind(SPECS, i) == LOSSLESS and not MERGED:  # a rounded mix has the side table in it already
                     base = (w_ptr, numbers[3], numbers[4])
-                    acc += c * side_dot(x_rows, x_stride_k, m_mask, *base, parts[i], offs_n, out_features, n_mask, zero)
-                if kind(SPECS, i) == LOW_RANK:
-                    acc += c * expand(x_ptr, parts[i], sizes[i], offs_m, tokens, n, n_mask, zero, RANK_PARTS)
+                    edit = side_dot(x_rows, x_stride_k, m_mask, *base, parts[i], offs_n, out_features, n_mask, zero)
+                    acc = tl.where(c != 0, acc + c * edit, acc)
+                if kind(SPECS, i) == LOW_RANK:  # noqa: SIM102  (a constant, then a value on the device)
+                    if c != 0:
+                        acc += c * expand(x_ptr, parts[i], sizes[i], offs_m, tokens, n, n_mask, zero, RANK_PARTS)
                 if BIASES & 2:
                     at = bias_d_ptr + sizes[i][4] * numbers[6].to(tl.int64) + n * numbers[7]
                     bias += c * tl.load(at, mask=n_mask, other=0.0).to(tl.float32)

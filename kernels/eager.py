@@ -10,14 +10,14 @@ are not dense are decoded block by block alike; low-rank ones are two small prod
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from alignvec.kernels.operands import Operand, aligned, decode
+from alignvec.kernels.mixes import DeviceMix, Mix, Run, device_mix_of, readers, runs_of, widened
+from alignvec.kernels.operands import Operand, aligned, decode, matrix_shape
 from alignvec.kernels.reference import token_coefficients
 
 # Weights in a block: 1 MiB as float32, a second-level cache. Much smaller blocks would starve a GEMM's threads.
@@ -27,12 +27,6 @@ BLOCK_WEIGHTS = 1 << 18
 # and 60 GFLOP/s a core, small GEMMs being slower, they break even near 8 tokens a mix. Weights of 16 bits have to be
 # raised to float32 for the GEMM anyway, which is half of the work of mixing them.
 COMBINE_TOKENS = {2: 4, 4: 8, 8: 8}
-
-# One mix as (vector, coefficient) pairs without the zeros, and a span of tokens [first, last) that share it.
-Mix = list[tuple[int, float]]
-Run = tuple[int, int, Mix]
-# The same where coefficients stay on the device, [tokens, 1] for each vector.
-DeviceMix = list[tuple[int, Tensor]]
 
 
 def linear(
@@ -58,7 +52,7 @@ def linear(
     mix for each run of tokens, "auto" takes the cheaper. `precision="merged"` rounds each mix to the weight's dtype, as
     a stored merge would; "split" stays exact, and so does all where coefficients are not in host memory.
     """
-    runs = _runs(x.shape[0], columns, table, rows, token_rows) if x.is_cpu else None
+    runs = runs_of(x.shape[0], columns, table, rows, token_rows) if x.is_cpu else None
     if runs:
         merged = precision == "merged"
         if execution == "auto":
@@ -68,20 +62,12 @@ def linear(
         if len(runs) == 1:
             return _split(x, weight, bias, operands, bias_deltas, runs[0][2])
     return _split(
-        x, weight, bias, operands, bias_deltas, _device_mix(x.shape[0], runs, columns, table, rows, token_rows)
+        x, weight, bias, operands, bias_deltas, device_mix_of(x.shape[0], runs, columns, table, rows, token_rows)
     )
 
 
 def _combining_pays(x: Tensor, weight: Tensor, runs: list[Run]) -> bool:
     return x.shape[0] >= COMBINE_TOKENS[weight.element_size()] * len(runs)
-
-
-def _device_mix(
-    tokens: int, runs: list[Run] | None, columns: Tensor, table: Tensor, rows: Tensor, token_rows: Tensor | None
-) -> DeviceMix:
-    c = token_coefficients(table, rows, columns, tokens, token_rows)
-    used = {i for *_, mix in runs for i, _ in mix} if runs else range(len(columns))
-    return [(i, c[:, i, None]) for i in used]
 
 
 def _split(
@@ -92,7 +78,7 @@ def _split(
     bias_deltas: Tensor | None,
     mix: Mix | DeviceMix,
 ) -> Tensor:
-    """A product for the base and one for each vector; coefficients are floats, or [tokens, 1] one for each token."""
+    """A product for the base and one for each vector; coefficients are floats, or one for each token."""
     compute = torch.promote_types(x.dtype, torch.float32)
     wide = x.to(compute)
     narrow = _narrow(wide, operands, mix)
@@ -103,10 +89,12 @@ def _split(
             left, delta = narrow.get(i, wide), _factor(operands[i], weight, block, compute).t()
             if isinstance(c, float):
                 part.addmm_(left, delta, alpha=c)
-            else:  # scaling x [tokens, in] costs one float32 rounding; the weights stay as they are
-                part.addmm_(left * c, delta)
+                if bias_deltas is not None:
+                    part += _widen(bias_deltas[i], block, compute) * c
+                continue
+            c.add_product(part, left, delta)
             if bias_deltas is not None:
-                part += _widen(bias_deltas[i], block, compute) * c
+                c.add(part, _widen(bias_deltas[i], block, compute))
         y = _store(y, part, x, weight, slice(None), block)
     assert y is not None  # there is always a block
     return y
@@ -170,7 +158,7 @@ def linear_input_grad(
     compute = torch.promote_types(grad.dtype, torch.float32)
     wide = grad.to(compute)
     tokens = grad.shape[0]
-    runs = _runs(tokens, columns, table, rows, token_rows) if grad.is_cpu else None
+    runs = runs_of(tokens, columns, table, rows, token_rows) if grad.is_cpu else None
     total = wide.new_zeros(tokens, weight.shape[1])
     if runs and _combining_pays(grad, weight, runs):
         used = {i for *_, mix in runs for i, _ in mix}
@@ -183,15 +171,15 @@ def linear_input_grad(
                     mixed = torch.add(mixed, deltas[i], alpha=c)
                 total[start:stop].addmm_(part[start:stop], mixed)
         return total.to(grad.dtype)
-    device_mix = _device_mix(tokens, runs, columns, table, rows, token_rows)
+    device_mix = device_mix_of(tokens, runs, columns, table, rows, token_rows)
     narrow = {
         i: wide.new_zeros(tokens, operands[i].parts[0].shape[0]) for i, _ in device_mix if _is_low_rank(operands[i])
     }
     for block in _blocks(weight):
         part = _columns(wide, block)
         total.addmm_(part, _widen(weight, block, compute))
-        for i, per_token in device_mix:
-            narrow.get(i, total).addmm_(part * per_token, _factor(operands[i], weight, block, compute))
+        for i, own in device_mix:
+            own.add_product(narrow.get(i, total), part, _factor(operands[i], weight, block, compute))
     for i, left in narrow.items():
         total.addmm_(left, operands[i].parts[0].to(compute))
     return total.to(grad.dtype)
@@ -254,28 +242,6 @@ def _store(y: Tensor | None, part: Tensor, x: Tensor, weight: Tensor, tokens: sl
     return y
 
 
-def _runs(tokens: int, columns: Tensor, table: Tensor, rows: Tensor, token_rows: Tensor | None) -> list[Run] | None:
-    """The tokens in runs of one mix each, read from host memory; None for no tokens, or where `rows` does not fit."""
-    if token_rows is not None:
-        mixes = table.tolist()
-        spans = [(row, len(list(span))) for row, span in itertools.groupby(token_rows.tolist())]
-    else:
-        count = int(rows)
-        if tokens == 0 or tokens % count:
-            return None
-        mixes = table[:count].tolist()
-        spans = [(row, tokens // count) for row in range(count)]
-    used = columns.tolist()
-    runs: list[Run] = []
-    start = 0
-    for row, length in spans:
-        mix = [(i, mixes[row][column]) for i, column in enumerate(used) if mixes[row][column] != 0]
-        first = runs.pop()[0] if runs and runs[-1][2] == mix else start
-        start += length
-        runs.append((first, start, mix))
-    return runs
-
-
 def embedding(
     ids: Tensor,
     weight: Tensor,
@@ -293,9 +259,13 @@ def embedding(
     c = token_coefficients(table, rows, columns, ids.shape[0], token_rows)
     base = F.embedding(ids, weight)
     y = base.to(compute)
-    for i, operand in enumerate(operands):
+    for i, (operand, (some, every)) in enumerate(zip(operands, readers(c), strict=True)):
+        if not some:
+            continue
+        own = c[:, i, None]
         delta = F.embedding(ids, operand.parts[0]) if operand.kind == "dense" else decode(take(operand, ids), base)
-        y = torch.addcmul(y, c[:, i, None], delta)
+        sums = torch.addcmul(y, own, delta)
+        y = sums if every else torch.where(own == 0, y, sums)
     return y.to(weight.dtype)
 
 
@@ -328,15 +298,20 @@ def _entries(start: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def mix(
     weight: Tensor, operands: Sequence[Operand], columns: Tensor, table: Tensor, rows: Tensor, batch: int
 ) -> Tensor:
-    """`w[b] = w + sum_i c[b, i] D_i` in float32, for parameters that a module uses in ways of its own.
+    """`w[b] = w + sum_i c[b, i] D_i` in float32, or of a float64 parameter in float64, for modules that use it in ways
+    of their own.
 
     weight [*, in], operands of [prod(*), in] -> [batch, *, in].
     """
     c = token_coefficients(table, rows, columns, batch)
-    matrix = weight.reshape(-1, weight.shape[-1] if weight.dim() else 1)
-    mixed = matrix.float().expand(batch, *matrix.shape)
-    for i, operand in enumerate(operands):
-        mixed = torch.addcmul(mixed, c[:, i, None, None], _delta(operand, matrix, None))
+    matrix = weight.reshape(matrix_shape(weight))
+    mixed = matrix.to(torch.promote_types(weight.dtype, torch.float32)).expand(batch, *matrix.shape)
+    for i, (operand, (some, every)) in enumerate(zip(operands, readers(c), strict=True)):
+        if not some:
+            continue
+        own = c[:, i, None, None]
+        sums = torch.addcmul(mixed, own, _delta(operand, matrix, None))
+        mixed = sums if every else torch.where(own == 0, mixed, sums)
     return mixed.reshape(batch, *weight.shape)
 
 
@@ -354,7 +329,7 @@ def materialise(
 
     weight [out, in], out and low alike, in storage of their own; low takes the rest, so that out + low is the mix.
     """
-    mix: Mix | DeviceMix
+    mix: Sequence[tuple[int, float | Tensor]]
     if weight.is_cpu:
         mix = [(i, c) for i, c in enumerate(table[0, columns].tolist()) if c != 0]
     else:
@@ -364,7 +339,7 @@ def materialise(
         total = _widen(weight, block, compute)
         for i, c in mix:
             if isinstance(c, Tensor):
-                total = torch.addcmul(total, c, _delta(operands[i], weight, block))
+                total = torch.where(c == 0, total, torch.addcmul(total, c, _delta(operands[i], weight, block)))
             elif c == 1 and len(mix) == 1 and operands[i].kind == "lossless":
                 total = aligned(operands[i], weight, _rows(block)).to(compute)  # the checkpoint's own bits, -0.0 too
             else:
@@ -391,8 +366,8 @@ def rms_norm(
 
     x [tokens, features], weight [features], deltas [k, features] -> [tokens, features].
     """
-    scale = _row_vectors(weight, deltas, columns, table, rows, x.shape[0], token_rows)
-    return (F.rms_norm(x.float(), x.shape[1:], None, eps) * (scale + offset)).to(x.dtype)
+    scale = row_vectors(weight, deltas, columns, table, rows, x.shape[0], token_rows)
+    return (F.rms_norm(widened(x), x.shape[1:], None, eps) * (scale + offset)).to(x.dtype)
 
 
 def layer_norm(
@@ -413,26 +388,39 @@ def layer_norm(
     x [tokens, features], weight and bias [features], their deltas [k, features] -> [tokens, features].
     """
     coefficients = (columns, table, rows, x.shape[0], token_rows)
-    y = F.layer_norm(x.float(), x.shape[1:], None, None, eps)
+    y = F.layer_norm(widened(x), x.shape[1:], None, None, eps)
     if weight is not None:
-        y = y * _row_vectors(weight, deltas, *coefficients)
+        y = y * row_vectors(weight, deltas, *coefficients)
     if bias is not None:
-        y = y + _row_vectors(bias, bias_deltas, *coefficients)
+        y = y + row_vectors(bias, bias_deltas, *coefficients)
     return y.to(x.dtype)
 
 
-def _row_vectors(
+def row_vectors(
     vector: Tensor,
     deltas: Tensor | None,
     columns: Tensor,
     table: Tensor,
     rows: Tensor,
     tokens: int,
-    token_rows: Tensor | None,
+    token_rows: Tensor | None = None,
 ) -> Tensor:
-    """`v + sum_i c[m, i] d_i`, float32 [tokens, features], or [features] where all tokens are seen to share it."""
+    """`v + sum_i c[m, i] d_i`, as wide as v: [tokens, features], or [features] where all tokens are seen to share it.
+
+    vector [features], deltas [k, features] or None.
+    """
+    total = widened(vector)
     if deltas is None:
-        return vector.float()
+        return total
     if token_rows is None and rows.is_cpu and int(rows) == 1:
-        return torch.addmv(vector.float(), deltas.float().t(), table[0, columns])
-    return torch.addmm(vector.float(), token_coefficients(table, rows, columns, tokens, token_rows), deltas.float())
+        return torch.addmv(total, deltas.to(total.dtype).t(), table[0, columns].to(total.dtype))
+    return token_vectors(vector, deltas, token_coefficients(table, rows, columns, tokens, token_rows))
+
+
+def token_vectors(vector: Tensor, deltas: Tensor, c: Tensor) -> Tensor:
+    """`v + sum_i c[m, i] d_i`: vector [features], deltas [k, features], c [tokens, k] -> [tokens, features].
+
+    Deltas are finite, which `attach` sees to: 0 times one of them adds nothing.
+    """
+    total = widened(vector)
+    return torch.addmm(total, c.to(total.dtype), deltas.to(total.dtype))

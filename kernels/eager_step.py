@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from alignvec.kernels import eager
+from alignvec.kernels.mixes import widened
 
 
 def add_rms_norm(
@@ -81,7 +82,7 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, *
 
 def gated(gate_up: Tensor, *, activation: str) -> Tensor:
     """`act(gate) up` in float32, rounded once: gate_up [tokens, 2 features] -> [tokens, features]."""
-    gate, up = gate_up.float().chunk(2, -1)
+    gate, up = widened(gate_up).chunk(2, -1)
     if activation == "silu":
         gate = F.silu(gate)
     else:
@@ -92,10 +93,10 @@ def gated(gate_up: Tensor, *, activation: str) -> Tensor:
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`x cos + rotate_half(x) sin` on the first features, as many as cos has: x [rows, heads, D], cos [rows, 1, n]."""
     size = cos.shape[-1]
-    wide = x[..., :size].float()
+    wide = widened(x[..., :size])
     half = size // 2
     swapped = torch.cat((-wide[..., half:], wide[..., :half]), -1)
-    turned = (wide * cos.float()).addcmul_(swapped, sin.float()).to(x.dtype)
+    turned = (wide * widened(cos)).addcmul_(swapped, widened(sin)).to(x.dtype)
     return turned if size == x.shape[-1] else torch.cat((turned, x[..., size:]), -1)
 
 
@@ -106,5 +107,5 @@ def attend_masked(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scal
     seen = (position <= length) & (position > length - window) if window else position <= length
     # What lies in slots that are not filled may be NaN, which a weight of 0 does not remove.
     unseen = ~seen[:, None, :, None]
-    keys, values = (cache.masked_fill(unseen, 0).float() for cache in (keys, values))
-    return F.scaled_dot_product_attention(q.float(), keys, values, seen[:, None, None, :], scale=scale).to(q.dtype)
+    keys, values = (widened(cache.masked_fill(unseen, 0)) for cache in (keys, values))
+    return F.scaled_dot_product_attention(widened(q), keys, values, seen[:, None, None, :], scale=scale).to(q.dtype)

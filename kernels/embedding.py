@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from alignvec.errors import AlignvecError
-from alignvec.kernels import tiles
+from alignvec.kernels import eager, tiles
 from alignvec.kernels.materialise import low_rank
 from alignvec.kernels.operands import MAX_VECTORS, Operand
 
@@ -81,7 +81,8 @@ def embedding(
 ) -> Tensor:
     """`y[t] = E[ids[t]] + sum_i c[t, i] D_i[ids[t]]`, rounded once, to the weight's dtype.
 
-    ids int64 or int32 [tokens], weight [vocabulary, features] in float32, bfloat16 or float16 -> [tokens, features].
+    ids int64 or int32 [tokens], weight [vocabulary, features] in float32, bfloat16 or float16 -> [tokens, features];
+    float64 runs in plain torch.
     The other arguments and the row rule, NaN included, are those of `reference.token_coefficients`. An id that is not
     in the vocabulary gives NaN.
 
@@ -91,6 +92,8 @@ def embedding(
     operands = list(operands)
     if len(operands) > MAX_VECTORS:
         raise AlignvecError(f"{len(operands)} vectors edit one embedding; the Triton kernels take {MAX_VECTORS}")
+    if weight.dtype == torch.float64:
+        return eager.embedding(ids, weight, operands, columns, table, rows, token_rows)
     (tokens,), (vocabulary, features) = ids.shape, weight.shape
     y = torch.empty(tokens, features, dtype=weight.dtype, device=weight.device)
     if y.numel() == 0:

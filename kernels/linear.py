@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from alignvec.errors import AlignvecError
-from alignvec.kernels import configs, packing, tiles, tiling
+from alignvec.kernels import configs, eager, packing, tiles, tiling
 from alignvec.kernels.combine import combine_kernel
 from alignvec.kernels.configs import Config
 from alignvec.kernels.materialise import materialise
@@ -41,8 +41,8 @@ def linear(
     """`y[m] = x[m] W^T + b + sum_i c[m, i] (x[m] D_i^T + b_i)`, rounded once, to x's dtype.
 
     x [tokens, in], weight [out, in], bias [out], operands k deltas [out, in], bias_deltas [k, out] -> [tokens, out];
-    float32, bfloat16 or float16, each its own, with any strides. The other arguments, contiguous, and the row rule, NaN
-    included, are those of `reference.token_coefficients`.
+    float32, bfloat16 or float16, each its own, with any strides; float64 runs in plain torch. The other arguments,
+    contiguous, and the row rule, NaN included, are those of `reference.token_coefficients`.
 
     `precision="merged"` rounds each row's mix to the weight's dtype, as a stored merge would; `execution="split"` stays
     exact, and so do low-rank vectors unless they are materialised. `execution="materialise"` takes row 0 of the table
@@ -75,6 +75,16 @@ def linear_group(
             raise AlignvecError(
                 f"{len(p.operands)} vectors edit one layer; the Triton kernels take {MAX_VECTORS}, use backend 'torch'"
             )
+    if x.dtype == torch.float64:
+        shared = (table, rows, token_rows)
+        return [
+            eager.linear(
+                *(x, p.weight, p.bias, p.operands, p.bias_deltas, p.columns, *shared),
+                execution=execution,
+                precision=precision,
+            )
+            for p in projections
+        ]
     tokens, exact = x.shape[0], precision == "exact"
     if execution == "auto":
         execution = "split" if exact and tokens <= tiling.DECODE_TOKENS else "combine"

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from alignvec.errors import AlignvecError
-from alignvec.kernels import tiles
+from alignvec.kernels import eager, tiles
 from alignvec.kernels.operands import MAX_VECTORS, Operand
 
 
@@ -308,9 +308,10 @@ def materialise(
 ) -> Tensor:
     """Write `W + sum_i c_i D_i`, rounded once, to `out`, and what that rounding lost to `low`; returns `out`.
 
-    weight, out, low [out, in] (a bias is one row), all float32, bfloat16 or float16, any strides; columns int32 [k],
-    table float32 [max_rows, n_vectors], rows int32 [1]. c_i is `table[0, columns[i]]`, read on the device; all is NaN
-    where more rows than one are in use, which have no one mix. `out + low` is the mix to within 2^-17. Deterministic.
+    weight, out, low [out, in] (a bias is one row), all float32, bfloat16 or float16, any strides, or float64, which
+    plain torch takes; columns int32 [k], table float32 [max_rows, n_vectors], rows int32 [1]. c_i is
+    `table[0, columns[i]]`, read on the device; all is NaN where more rows than one are in use, which have no one mix.
+    `out + low` is the mix to within 2^-17. Deterministic.
 
     Raises:
         AlignvecError: more than 16 vectors, `out` or `low` of another shape or dtype, or in the weight's own storage.
@@ -327,6 +328,9 @@ def materialise(
         if storage and tensor.untyped_storage().data_ptr() == storage:
             raise AlignvecError(f"{name} shares the weight's storage; materialise needs the base as it is")
     if weight.numel() == 0:
+        return out
+    if weight.dtype == torch.float64:
+        eager.materialise(weight, operands, columns, table, rows, out=out, low=low)
         return out
     config = config or choose_config(operands, weight)
     out_features, in_features = weight.shape

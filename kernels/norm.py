@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from alignvec.errors import AlignvecError
-from alignvec.kernels import tiles
+from alignvec.kernels import eager, tiles
 from alignvec.kernels.operands import MAX_VECTORS
 
 MAX_FEATURES = 1 << 15  # a token's features lie in the registers of one program
@@ -106,6 +106,7 @@ def rms_norm(
     """`x / sqrt(mean(x^2) + eps) * (weight + offset + sum_i c[t, i] deltas[i])`, rounded once, to x's dtype.
 
     x [tokens, features], weight [features], deltas [k, features] or None, each float32, bfloat16 or float16; -> as x.
+    float64 runs in plain torch.
     The other arguments and the row rule, NaN included, are those of `reference.token_coefficients`. offset: 1 for norms
     that store their weight less 1 (Gemma's).
 
@@ -170,6 +171,13 @@ def _norm(
     offset: float,
     centre: bool,
 ) -> Tensor:
+    if x.dtype == torch.float64:
+        x = x if residual is None else residual.add_(x)
+        shared = (columns, table, rows, token_rows)
+        if centre:
+            return eager.layer_norm(x, weight, bias, deltas, bias_deltas, *shared, eps=eps)
+        assert weight is not None
+        return eager.rms_norm(x, weight, deltas, *shared, eps=eps, offset=offset)
     tokens, features = x.shape
     k = columns.shape[0]
     if k > MAX_VECTORS or features > MAX_FEATURES:

@@ -18,6 +18,7 @@ by row and column (`start` is where a row begins): its step is too large for the
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -61,6 +62,11 @@ class Operand:
         assert self.kind in ("dense", "low-rank")
         parts = tuple(part.t() for part in reversed(self.parts))
         return Operand(self.kind, parts, (self.shape[1], self.shape[0]))
+
+
+def matrix_shape(weight: Tensor) -> tuple[int, int]:
+    """Of the matrix [prod(*), columns] that a parameter [*, columns] is to operands; of one number, [1, 1]."""
+    return math.prod(weight.shape[:-1]), weight.shape[-1] if weight.dim() else 1
 
 
 def dense(values: Tensor) -> Operand:

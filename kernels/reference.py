@@ -1,4 +1,7 @@
-"""The operators in plain torch: the truth every other backend is tested against. Slow, simple, unrounded."""
+"""The operators in plain torch: the truth every other backend is tested against. Slow, simple, unrounded.
+
+A coefficient of 0 means that a token does not read the vector: whatever its product is, infinite or NaN, is left out.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from alignvec.kernels.operands import Operand, decode
+from alignvec.kernels.operands import Operand, decode, matrix_shape
 
 
 def token_coefficients(
@@ -30,6 +33,11 @@ def token_coefficients(
     row = torch.arange(tokens, device=table.device) * rows // max(tokens, 1)
     coefficients = table[row][:, columns]
     return torch.where(tokens % rows == 0, coefficients, torch.nan)
+
+
+def weighted(c: Tensor, edit: Tensor) -> Tensor:
+    """`c * edit`, and 0 where c is 0."""
+    return torch.where(c == 0, 0, c * edit)
 
 
 def linear(
@@ -58,7 +66,7 @@ def linear(
         edit = x @ decode(operand, weight).to(dtype).t()
         if bias_deltas is not None:
             edit = edit + bias_deltas[i].to(dtype)
-        y = y + c[:, i, None] * edit
+        y = y + weighted(c[:, i, None], edit)
     return y
 
 
@@ -77,7 +85,7 @@ def embedding(
     c = token_coefficients(table, rows, columns, ids.shape[0], token_rows).to(dtype)
     y = weight[ids].to(dtype)
     for i, operand in enumerate(operands):
-        y = y + c[:, i, None] * decode(operand, weight)[ids].to(dtype)
+        y = y + weighted(c[:, i, None], decode(operand, weight)[ids].to(dtype))
     return y
 
 
@@ -93,8 +101,8 @@ def mix(
 ) -> Tensor:
     """`w[b] = w + sum_i c[b, i] D_i` in `dtype`: weight [*, in], operands of [prod(*), in] -> [batch, *, in]."""
     c = token_coefficients(table, rows, columns, batch).to(dtype)
-    matrix = weight.reshape(-1, weight.shape[-1])
+    matrix = weight.reshape(matrix_shape(weight))
     mixed = matrix.to(dtype).expand(batch, *matrix.shape)
     for i, operand in enumerate(operands):
-        mixed = mixed + c[:, i, None, None] * decode(operand, matrix).to(dtype)
+        mixed = mixed + weighted(c[:, i, None, None], decode(operand, matrix).to(dtype))
     return mixed.reshape(batch, *weight.shape)

@@ -29,6 +29,7 @@ from alignvec.kernels.tiles import (
     side_dot,
     stepped,
     table_row,
+    weighted,
 )
 
 
@@ -185,7 +186,7 @@ def _tile(
         c = coefficient(
             table_ptr, table_stride, row, tl.load(columns_ptr + sizes[i][4]), tokens, rows_ptr, token_rows_ptr
         )
-        acc += c[:, None] * edit
+        acc += weighted(c[:, None], edit)
     if slot(BIASES, 1, 0) and BASE:
         acc += tl.load(bias_ptr + n * numbers[5], mask=n_mask & once, other=0.0).to(tl.float32)[None, :]
     y = y_ptr + ((numbers[8] + pid_s) * tokens.to(tl.int64) + offs_m[:, None]) * y_stride + (numbers[1] + n)[None, :]

@@ -96,6 +96,12 @@ def coefficient(table_ptr, table_stride, row, column, tokens, rows_ptr, token_ro
 
 
 @triton.jit
+def weighted(c, edit):
+    """`c * edit`, and 0 where c is 0: the product of a token that does not read a vector may be infinite."""
+    return c * tl.where(c != 0, edit, 0.0)
+
+
+@triton.jit
 def dot(x, w, acc):
     """`acc + x w`: x [M, K], w [K, N], acc float32 [M, N]. What each pair of dtypes needs to keep w's information:
 

@@ -41,6 +41,11 @@ def no_gradients(inputs: tuple[Any, ...]) -> list[Any]:
     return [[None] * len(value) if is_list else None for value, is_list in zip(inputs, lists, strict=True)]
 
 
+def by_token(t: Tensor) -> Tensor:
+    """[..., features] as [tokens, features], of which there may be none."""
+    return t.flatten(0, -2) if t.dim() > 1 else t[None]
+
+
 def unview(y: Tensor, *shape: int) -> Tensor:
     """y in another shape, no view for autograd: callers may write to a layer's result in place, as to torch's own."""
     result: Tensor = _unsafe_view(y, shape)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from alignvec.kernels import operands
-from alignvec.ops.backend import kernel, no_gradients, unview
+from alignvec.ops.backend import by_token, kernel, no_gradients, unview
 
 torch.library.define(
     "alignvec::embedding",
@@ -49,7 +49,7 @@ def _embedding_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 def _embedding_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (ids,) = ctx.saved_tensors
-    grad_weight = grad.new_zeros(ctx.shape).index_add_(0, ids.reshape(-1), grad.reshape(-1, grad.shape[-1]))
+    grad_weight = grad.new_zeros(ctx.shape).index_add_(0, ids.reshape(-1), by_token(grad))
     return None, grad_weight, *ctx.others
 
 

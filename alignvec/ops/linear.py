@@ -11,7 +11,7 @@ from torch import Tensor
 from alignvec import planner
 from alignvec.kernels import operands
 from alignvec.kernels.operands import Operand
-from alignvec.ops.backend import no_gradients, unview
+from alignvec.ops.backend import by_token, no_gradients, unview
 
 _TABLE = "Tensor table, Tensor rows, Tensor? token_rows, str execution, str precision, str backend"
 torch.library.define(
@@ -52,7 +52,7 @@ def _linear(
     """`x W^T + b + sum_i table[row, columns[i]] (x D_i^T + b_i)`: x [..., in_features] -> [..., out_features]."""
     execution = planner.choose(execution, x, weight, specs, parts, precision)
     y = planner.linear_kernel(x.device, backend)(
-        x.reshape(-1, x.shape[-1]),
+        by_token(x),
         weight,
         bias,
         _operands(specs, parts, weight),
@@ -88,9 +88,9 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = grad_weight = grad_bias = None
     if ctx.needs_input_grad[0]:
         grad_x = linear_input_grad(grad, weight, ctx.specs, parts, columns, table, rows, token_rows, *ctx.choices)
-    flat = grad.reshape(-1, grad.shape[-1])
+    flat = by_token(grad)
     if ctx.needs_input_grad[1]:
-        grad_weight = flat.t() @ x.reshape(-1, x.shape[-1])
+        grad_weight = flat.t() @ by_token(x)
     if ctx.needs_input_grad[2]:
         grad_bias = flat.sum(0)
     return grad_x, grad_weight, grad_bias, *ctx.others
@@ -121,7 +121,7 @@ def _linear_group(
     `vectors` says how many each layer has; `specs` and `parts` are those of all layers, one after another. Either all
     layers have biases or none.
     """
-    flat = x.reshape(-1, x.shape[-1])
+    flat = by_token(x)
     optional: Sequence[Tensor | None] = biases or [None] * len(weights)
     layers = _per_layer(weights, specs, vectors, parts)
     members = zip(weights, optional, layers, bias_deltas, columns, strict=True)
@@ -188,8 +188,8 @@ def _linear_group_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
                 part, weight, own_specs, flat_parts, column, table, rows, token_rows, *ctx.choices
             )
             grad_x = own_grad if grad_x is None else grad_x + own_grad
-        flat = part.reshape(-1, part.shape[-1])
-        grad_weights.append(flat.t() @ x.reshape(-1, x.shape[-1]))
+        flat = by_token(part)
+        grad_weights.append(flat.t() @ by_token(x))
         grad_biases += [flat.sum(0)] if ctx.biased else []
     return grad_x, grad_weights, grad_biases, *ctx.others
 
@@ -216,7 +216,7 @@ def _linear_input_grad(
     Where every operand has a transpose Triton's linear kernel runs on it; the others are decoded in plain torch.
     """
     vectors = _operands(specs, parts, weight)
-    flat = grad.reshape(-1, grad.shape[-1])
+    flat = by_token(grad)
     transposable = all(operand.kind in ("dense", "low-rank") for operand in vectors)
     if transposable and planner.beside_linear(grad.device.type, backend) == "triton":
         transposed = [_transposed(operand) for operand in vectors]
@@ -257,7 +257,7 @@ def _linear_input_grad_backward(ctx: Any, second: Tensor) -> tuple[Tensor | None
         layer = (weight, None, ctx.specs, parts, None, columns)
         grad_grad = linear(second, *layer, table, rows, token_rows, *ctx.choices)
     if ctx.needs_input_grad[1]:
-        grad_weight = grad.reshape(-1, grad.shape[-1]).t() @ second.reshape(-1, second.shape[-1])
+        grad_weight = by_token(grad).t() @ by_token(second)
     return grad_grad, grad_weight, *ctx.others
 
 

@@ -34,15 +34,17 @@ def _mix(
     rows: Tensor,
     batch: int,
 ) -> Tensor:
-    """`W + sum_i table[row, columns[i]] D_i`, float32: weight [*, in], operands of [prod(*), in] -> [batch, *, in]."""
+    """`W + sum_i table[row, columns[i]] D_i`, summed in float32, in float64 of a float64 weight.
+
+    weight [*, in], operands of [prod(*), in] -> [batch, *, in].
+    """
     from alignvec.kernels import eager
 
     return eager.mix(weight, _operands(specs, parts, weight), columns, table, rows, batch)
 
 
 def _operands(specs: list[str], parts: list[Tensor], weight: Tensor) -> list[Operand]:
-    columns = weight.shape[-1] if weight.dim() else 1
-    return operands.parse(specs, parts, (weight.numel() // columns, columns))
+    return operands.parse(specs, parts, operands.matrix_shape(weight))
 
 
 @torch.library.register_fake("alignvec::mix")
@@ -55,7 +57,8 @@ def _mix_fake(
     rows: Tensor,
     batch: int,
 ) -> Tensor:
-    return torch.empty(batch, *weight.shape, dtype=torch.float32, device=weight.device)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return torch.empty(batch, *weight.shape, dtype=dtype, device=weight.device)
 
 
 def _mix_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

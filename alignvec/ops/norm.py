@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alignvec.kernels import eager
+from alignvec.kernels.mixes import widened
 from alignvec.kernels.reference import token_coefficients
-from alignvec.ops.backend import kernel, unview
+from alignvec.ops.backend import by_token, kernel, unview
 
 torch.library.define(
     "alignvec::rms_norm",
@@ -38,7 +40,7 @@ def _rms_norm(
 ) -> Tensor:
     """`x / rms(x) (offset + w + sum_i table[row, columns[i]] d_i)`: x [..., features], deltas [k, features] or None."""
     run = kernel(x.device, backend, "norm", "rms_norm")
-    flat = x.reshape(-1, x.shape[-1])
+    flat = by_token(x)
     y: Tensor = run(flat, weight, deltas, columns, table, rows, eps=eps, offset=offset)
     return unview(y, *x.shape)
 
@@ -58,7 +60,7 @@ def _layer_norm(
 ) -> Tensor:
     """`(x - mean(x)) / std(x) w' + b'` with w' and b' of each row: x [..., features], deltas [k, features]."""
     run = kernel(x.device, backend, "norm", "layer_norm")
-    flat = x.reshape(-1, x.shape[-1])
+    flat = by_token(x)
     y: Tensor = run(flat, weight, bias, deltas, bias_deltas, columns, table, rows, eps=eps)
     return unview(y, *x.shape)
 
@@ -76,7 +78,7 @@ def _rms_norm_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
 
 def _rms_norm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, deltas, columns, table, rows = ctx.saved_tensors
-    flat, g = _flat(x).float(), _flat(grad).float()
+    flat, g = widened(by_token(x)), widened(by_token(grad))
     scale = torch.rsqrt(flat.square().mean(-1, keepdim=True) + ctx.eps)
     unit = flat * scale
     mixed = _mixed(weight, deltas, columns, table, rows, len(flat)) + ctx.offset
@@ -94,7 +96,7 @@ def _layer_norm_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> No
 
 def _layer_norm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, deltas, columns, table, rows = ctx.saved_tensors
-    flat, g = _flat(x).float(), _flat(grad).float()
+    flat, g = widened(by_token(x)), widened(by_token(grad))
     centred = flat - flat.mean(-1, keepdim=True)
     scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + ctx.eps)
     unit = centred * scale
@@ -105,15 +107,11 @@ def _layer_norm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x.to(x.dtype).view(x.shape), grad_weight, grad_bias, *(None,) * 7
 
 
-def _flat(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
-
-
 def _mixed(weight: Tensor, deltas: Tensor | None, columns: Tensor, table: Tensor, rows: Tensor, tokens: int) -> Tensor:
-    """The weight of each token, float32 [tokens, features], or where no vector edits it [features]."""
+    """The weight of each token, [tokens, features], or where no vector edits it [features]; reads device data only."""
     if deltas is None:
-        return weight.float()
-    return torch.addmm(weight.float(), token_coefficients(table, rows, columns, tokens), deltas.float())
+        return widened(weight)
+    return eager.token_vectors(weight, deltas, token_coefficients(table, rows, columns, tokens))
 
 
 torch.library.register_autograd("alignvec::rms_norm", _rms_norm_backward, setup_context=_rms_norm_context)

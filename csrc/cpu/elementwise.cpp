@@ -50,6 +50,7 @@ class RowVector {
     const int64_t features = static_cast<int64_t>(mix_.size());
     kernels_.load_row(vector_, 0, features, mix_.data());
     for (int64_t i = 0; deltas_.data != nullptr && i < c.vectors; ++i) {
+      if (own[i] == 0) continue;
       const Operand delta = dense_operand({deltas_.row(i), deltas_.dtype, 0}, 1, features);
       kernels_.add_row(delta, vector_, 0, own[i], mix_.data());
     }

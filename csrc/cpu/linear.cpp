@@ -183,6 +183,10 @@ void Call::run_split() {
         for (int64_t r = 0; biased && r < rows; ++r)
           for (int64_t j = 0; j < tokens; ++j) total[r * TILE_TOKENS + j] += value_of(call_.bias, 0, n + r);
         for (const Factor& factor : vectors) {
+          float c[TILE_TOKENS];
+          bool used = false;
+          for (int64_t j = 0; j < tokens; ++j) used |= (c[j] = c_.of(m + j)[factor.vector]) != 0;
+          if (!used) continue;
           if (factor.operand.kind == Kind::zero) {
             std::memset(sums, 0, sizeof(sums));  // its bias may still be edited
           } else {
@@ -191,7 +195,7 @@ void Call::run_split() {
           for (int64_t r = 0; r < rows; ++r) {
             const float bias = edited ? value_of(call_.bias_deltas, factor.vector, n + r) : 0.0f;
             for (int64_t j = 0; j < tokens; ++j)
-              total[r * TILE_TOKENS + j] += c_.of(m + j)[factor.vector] * (sums[r * TILE_TOKENS + j] + bias);
+              if (c[j] != 0) total[r * TILE_TOKENS + j] += c[j] * (sums[r * TILE_TOKENS + j] + bias);
           }
         }
         for (int64_t r = 0; r < rows; ++r)

@@ -243,7 +243,7 @@ struct Block {
       for (int r = 0; r < 4; ++r) {
         const int token = 8 * m + 2 * t + r % 2;
         if (stream.term == kBase) total[m][r] += base[m][r];
-        if (stream.term >= 0) total[m][r] += mix.coefficient[stream.term][token] * base[m][r];
+        if (stream.term >= 0) total[m][r] = weighted(mix.coefficient[stream.term][token], base[m][r], total[m][r]);
         if constexpr (F::kVectors > 0) {
 #pragma unroll
           for (int j = 0; j < F::kVectors; ++j) {
@@ -255,7 +255,7 @@ struct Block {
               edit *= Fields<F::kBits>::code_unit();
             if (!F::kLossless && F::kFlush == 0)
               edit *= read(coded(stream, j).scales, coded(stream, j).wide_scales, rows[r / 2]);
-            total[m][r] += mix.coefficient[mix.order[stream.first + j]][token] * edit;
+            total[m][r] = weighted(mix.coefficient[mix.order[stream.first + j]][token], edit, total[m][r]);
           }
         }
       }

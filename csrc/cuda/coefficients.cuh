@@ -21,6 +21,9 @@ ALIGNVEC_DEVICE float coefficient(const Launch& launch, const Entry& entry, int 
   return there ? launch.table[row * launch.table_stride + column] : not_a_number();
 }
 
+// sum + c edit; of a token that does not use the vector the sum alone, for its edit may be infinite.
+ALIGNVEC_DEVICE float weighted(float c, float edit, float sum) { return c != 0.0f ? sum + c * edit : sum; }
+
 // A vector whose coefficients are all 0 is in no stream. kVectors: coded ones in a stream at most; the base comes with
 // the first of them, and `lossless` ones need it in each.
 template <int kVectors, bool kLossless>

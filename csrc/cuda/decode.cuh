@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(32 * kWarps * kTiles, kTiles == 1 ? 3 : 1)
       for (int i = 0; i < entry.coded + entry.dense; ++i)
         if (mix.tokens_of[i]) {
           const int64_t of_bias = static_cast<int64_t>(entry.vectors[i].place) * entry.bias_delta_stride + n;
-          sum += mix.coefficient[i][m] * read(entry.bias_deltas, entry.wide_bias_deltas, of_bias);
+          sum = weighted(mix.coefficient[i][m], read(entry.bias_deltas, entry.wide_bias_deltas, of_bias), sum);
         }
     const int64_t column = entry.first_column + n;
     float* partial = launch.partial + m * launch.outputs + column;

@@ -36,7 +36,7 @@ ALIGNVEC_DEVICE void add_side(float* sums, int pitch, const Launch& launch, cons
       if (m >= launch.tokens) break;
 #pragma unroll
       for (int mask = kLanes / 2; mask; mask /= 2) edit[m] += shuffle_xor(edit[m], mask);
-      if (lane == 0) sums[r * pitch + m] += mix.coefficient[i][m] * edit[m];
+      if (lane == 0) sums[r * pitch + m] = weighted(mix.coefficient[i][m], edit[m], sums[r * pitch + m]);
     }
   }
 }

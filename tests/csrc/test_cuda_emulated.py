@@ -14,6 +14,7 @@ from alignvec.kernels import operands, reference
 from alignvec.kernels.packing import Projection
 from tests.csrc import emulated
 from tests.kernels.cases import BF16, DEVICE, FP32, Case, assert_one_rounding, operand, relative_error
+from tests.kernels.unread import overflowing, table_of, unread
 
 FORMATS = (
     "dense",
@@ -87,6 +88,22 @@ def operands_of(names, weight: Tensor, g: torch.Generator, integers: bool = Fals
 def test_one_rounding_from_the_truth(case):
     args = case.make()
     assert_one_rounding(run(args), reference.linear(*args))
+
+
+@pytest.mark.parametrize("tokens", [2, 8, 16])
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_token_at_0_does_not_read_the_vector(name, tokens):
+    """Its result has the bits that it has beside a vector whose products do not overflow."""
+    case = Case(tokens, 33, 152, 2, rows=2, format=name, bias=True)
+    args = list(case.make())
+    args[6] = table_of(case, args[5].cpu(), 1.0).to(DEVICE)
+    own = unread(case, None).to(DEVICE)
+    expected = run(args)
+    args[3] = [overflowing(args[3][0]), args[3][1]]
+    y = run(args)
+    assert y[own].isfinite().all()
+    assert torch.equal(y[own], expected[own])
+    assert not y[~own].isfinite().all()
 
 
 @pytest.mark.parametrize("k", [2, 9, 16])
