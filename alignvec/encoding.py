@@ -144,8 +144,8 @@ class _Run:
                 stored = exact_delta(name, base, aligned)
         encoded = formats.encode(spec, stored, base, name, aligned=aligned)
         if encoded.name == "lossless":
-            return encoded, Error.of(0.0, _square(delta))
-        return encoded, Error.of(formats.squared_error(encoded, delta), _square(delta))
+            return encoded, Error.of(0.0, square(delta), name)
+        return encoded, Error.of(formats.squared_error(encoded, delta), square(delta), name)
 
     def _values(self, name: str, lossless: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The delta in float32 (or wider); for lossless the base and, where there is one, the aligned tensor, too."""
@@ -182,7 +182,8 @@ def _whole(read: Callable[[str, int, int], Tensor], name: str, numel: int, dtype
     return out
 
 
-def _square(delta: Tensor) -> float:
+def square(delta: Tensor) -> float:
+    """The sum of the squares of a delta's values, in float64."""
     flat = delta.reshape(-1)
     return sum(float(flat[start : start + STEP].double().square().sum()) for start in range(0, flat.numel(), STEP))
 

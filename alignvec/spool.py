@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from alignvec.checkpoint import Checkpoint, TensorInfo
 from alignvec.deltas import key
 from alignvec.description import STEM
 from alignvec.formats import Encoded
-from alignvec.writer import ShardWriter, parse_size
+from alignvec.writer import ShardWriter, parse_size, require_apart, require_names
 
 STEP = 1 << 22  # bytes copied at a time
 
@@ -32,11 +33,14 @@ class Spool:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # a full disk takes no more of what is buffered
+            self._file.close()
 
     def write(self, name: str, encoded: Encoded) -> None:
         for part, values in encoded.parts.items():
             values = values.detach().cpu().contiguous()
+            require_names([key(name, part)])
+            require_apart(key(name, part), self._parts)
             offset = self._file.tell()
             self._file.write(memoryview(values.view(-1).view(torch.uint8).numpy().data) if values.numel() else b"")
             self._parts[key(name, part)] = TensorInfo(values.dtype, tuple(values.shape), self._path, offset)

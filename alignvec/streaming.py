@@ -70,7 +70,7 @@ def stream(
             tally.add(own)
             if found:
                 writer.end()
-                errors[name] = Error.of(own.error, own.square) if own.square else Error(0.0)
+                errors[name] = Error.of(own.error, own.square, name) if own.square else Error(0.0)
             else:
                 writer.roll_back()
             kept += found
@@ -87,8 +87,8 @@ def stream(
         )
     order = [name for name in left.tensors if name in identities]
     identity = BaseIdentity(identifying(left.config), {name: identities[name] for name in order})
-    relative = math.sqrt(tally.error / tally.square) if tally.square else 0.0
-    return identity, {"inexact_values": tally.inexact, "rounding_error": relative}, errors
+    whole = Error.of(tally.error, tally.square, "of the whole")
+    return identity, {"inexact_values": tally.inexact, "rounding_error": whole.relative}, errors
 
 
 class _Piece(NamedTuple):
