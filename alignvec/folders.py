@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -114,6 +116,15 @@ def write_json(file: Path, data: object, indent: int = 2) -> None:
     except (ValueError, TypeError, RecursionError) as error:
         raise AlignvecError(f"{file.name} cannot be written, for JSON cannot hold what it says: {error}") from None
     file.write_text(text + "\n", encoding="utf-8")
+
+
+def nulled(data: Any) -> Any:
+    """The same data, with null in the place of NaN and infinity: for figures, of which one may be unknown."""
+    if isinstance(data, Mapping):
+        return {key: nulled(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [nulled(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 @contextlib.contextmanager
