@@ -137,7 +137,9 @@ def told(path: Path) -> Iterator[None]:
             raise
         raise AlignvecError(_sentence(path, error)) from error
     except SafetensorError as error:
-        raise AlignvecError(f"{path} cannot be written: {error}") from error
+        if (code := re.search(r"os error (\d+)", str(error))) is None:
+            raise AlignvecError(f"{path} cannot be written: {error}") from error
+        raise AlignvecError(_sentence(path, OSError(int(code[1]), os.strerror(int(code[1]))))) from error
 
 
 def _sentence(path: Path, error: OSError) -> str:
@@ -146,8 +148,8 @@ def _sentence(path: Path, error: OSError) -> str:
     if given and not _is_of(Path(given), path):
         return f"{given} cannot be read or written: {reason}; {path} was not written"
     advice = ADVICE.get(error.errno or 0, "choose another output")
-    blocking = next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None)
-    if error.errno == errno.ENOTDIR and blocking is not None:
+    blocking = next((parent for parent in path.parents if os.path.exists(parent) and not os.path.isdir(parent)), None)
+    if blocking is not None:
         reason = f"{blocking} is no folder"
     return f"{path} cannot be written: {reason}; {advice}"
 
@@ -166,7 +168,7 @@ def _followed(path: str | Path) -> Path:
         os.fsencode(real)
     except ValueError:
         raise AlignvecError(f"{str(path)!r} is no path: choose another output") from None
-    if real.is_symlink():
+    if os.path.islink(real):
         raise AlignvecError(f"{path} is a link that leads nowhere: choose another output")
     return real
 
