@@ -54,8 +54,10 @@ def output_folder(
     Raises AlignvecError, before anything is written, for a ``path`` that holds something (with ``overwrite``: anything
     that the library did not write), a file, the current folder, and a mount point; and where writing fails.
     """
-    if Path(path) in _given:
-        yield Path(path)
+    if (given := Path(path)) in _given:
+        yield given
+        if check is not None:
+            _checked(check, given, given)
         return
     path = _followed(path)
     with told(path):

@@ -212,6 +212,16 @@ def test_what_cannot_be_read_does_not_take_the_place_of_what_can(out: Path) -> N
     assert names(out.parent) == ["out"]
 
 
+def test_a_folder_that_is_being_written_is_written_into(out: Path) -> None:
+    """As the command line does it, which finds out before it trains whether there is a place for the result."""
+    with output_folder(out, overwrite=True) as folder:
+        AlignmentVector(TWO).save(folder, overwrite=True)
+        assert names(folder) == ["alignment_vector.json", "alignment_vector.safetensors"]
+        assert torch.equal(alignvec.load(out)["w"], ONE["w"])
+    assert torch.equal(alignvec.load(out)["w"], TWO["w"])
+    assert names(out.parent) == ["out"]
+
+
 def test_a_folder_moved_away_by_a_writer_that_died_comes_back(tmp_path: Path) -> None:
     AlignmentVector(ONE).save(tmp_path / "out")
     shutil.copytree(tmp_path / "out", tmp_path / ".out.00000000.partial")

@@ -169,7 +169,7 @@ def test_killed_while_it_trains(folder: Path, whole: AlignmentVector, tmp_path: 
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed {seed}")
     rng, resumed = random.Random(seed), 0
-    for number in range(6):
+    for number in range(5):
         work = tmp_path / f"work{number}"
         process = context.Process(target=_child, args=(folder, work))
         process.start()
