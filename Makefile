@@ -7,7 +7,7 @@ INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraint
 
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
-.PHONY: demo test lint format bench bench-formats paper-small gpu-test sanitize sanitize-cpu clean
+.PHONY: demo test lint format bench bench-formats paper-small fuzz gpu-test sanitize sanitize-cpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/alignvec demo
@@ -39,6 +39,11 @@ bench-formats: $(VENV)/.dev
 # The paper's experiments on the shipped models, from nothing: data in bench/paper/results, the report in docs/paper.
 paper-small: $(VENV)/.csrc
 	$(BIN)/python -m bench.paper
+
+# Mutated vectors, adapters and checkpoints, in search of anything but a right result or a refusal in one sentence.
+MINUTES ?= 20
+fuzz: $(VENV)/.csrc
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
 
 # The gates that need a GPU, and the kernels' own tests, compiled.
 gpu-test: $(VENV)/.csrc

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from alignvec.errors import AlignvecError
 from alignvec.extract import parse_dtype
+from alignvec.pictures import write_picture
 from alignvec.rounding import RealisedCoefficients, mix_
 from alignvec.sources import Source, open_source
 from alignvec.stored_base import bind, require_base
@@ -120,5 +121,5 @@ def plot(rows: Sequence[Realised], output: str | Path) -> Figure:
         axes.plot(requested, [row.alignvec for row in own], ".-", color="tab:blue", label="alignvec")
         axes.set(title=label, xlabel="requested coefficient", ylabel="realised coefficient")
         axes.legend(frameon=False)
-    figure.savefig(output, dpi=150)
+    write_picture(figure, output)
     return figure

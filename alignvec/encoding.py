@@ -45,7 +45,8 @@ def write_encoded(
             if error is not None:
                 errors[name] = error
         spool.close()
-    describe(folder, headers, vector.base, vector.format if format is None else format, vector.source, errors)
+    asked = vector.format if format is None else format
+    describe(folder, headers, vector.base, asked, vector.source, errors, spool.checksums)
 
 
 def encoded_in_memory(
@@ -162,12 +163,15 @@ class _Run:
         aligned = _whole(self.aligned.read, name, info.numel, after).view(info.shape)
         return aligned.to(info.dtype) - base, base, aligned
 
-    def _matrices(self) -> Iterator[Tensor]:
-        """Pieces of the deltas that sparse would store, in the dtype that it would store."""
+    def _matrices(self) -> Iterator[Callable[[], Tensor]]:
+        """What reads pieces of the deltas that sparse would store, in the dtype that it would store."""
         for name, info in self.vector.tensors.items():
             if len(info.shape) > 1:
-                for piece in self.vector.chunks(name):
-                    yield piece.to(self.kept[name])
+                for start in range(0, info.numel, STEP):
+                    yield partial(self._piece, name, start, min(start + STEP, info.numel))
+
+    def _piece(self, name: str, start: int, stop: int) -> Tensor:
+        return self.vector.read(name, start, stop).to(self.kept[name])
 
 
 def _whole(read: Callable[[str, int, int], Tensor], name: str, numel: int, dtype: torch.dtype) -> Tensor:
@@ -183,7 +187,7 @@ def _whole(read: Callable[[str, int, int], Tensor], name: str, numel: int, dtype
 
 
 def square(delta: Tensor) -> float:
-    """The sum of the squares of a delta's values, in float64."""
+    """The sum of a delta's squares, in float64."""
     flat = delta.reshape(-1)
     return sum(float(flat[start : start + STEP].double().square().sum()) for start in range(0, flat.numel(), STEP))
 

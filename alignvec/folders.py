@@ -113,11 +113,15 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 
 def write_json(file: Path, data: object, indent: int = 2) -> None:
     """Write JSON that every reader takes. Raises AlignvecError for NaN, infinity and what JSON has no word for."""
+    file.write_text(as_json(file.name, data, indent) + "\n", encoding="utf-8")
+
+
+def as_json(name: str, data: object, indent: int | None = None) -> str:
+    """What ``write_json`` writes to a file called ``name``."""
     try:
-        text = json.dumps(data, indent=indent, allow_nan=False)
+        return json.dumps(data, indent=indent, allow_nan=False)
     except (ValueError, TypeError, RecursionError) as error:
-        raise AlignvecError(f"{file.name} cannot be written, for JSON cannot hold what it says: {error}") from None
-    file.write_text(text + "\n", encoding="utf-8")
+        raise AlignvecError(f"{name} cannot be written, for JSON cannot hold what it says: {error}") from None
 
 
 def nulled(data: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from alignvec.computed import Combination, Deltas, Difference
 from alignvec.deltas import Stored
+from alignvec.integrity import VerifiedCheckpoint
 from alignvec.sources import Source, StoredSource
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ def _paths(deltas: Deltas, terms: bool) -> Iterator[Path]:
             yield from _paths(term, terms)
         return
     if terms and isinstance(deltas, Stored):
-        yield deltas.checkpoint.path
+        read = deltas.checkpoint
+        yield (read.checkpoint if isinstance(read, VerifiedCheckpoint) else read).path
     if deltas.base is not None:
         yield from _path(deltas.base.source)
     if isinstance(deltas, Difference):

@@ -14,7 +14,7 @@ from alignvec.sources import open_source
 if TYPE_CHECKING:
     from alignvec.vector import AlignmentVector
 
-LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks?)\.(\d+)\.")
+LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks?)\.(\d{1,9})\.")
 KINDS = (
     ("head", re.compile(r"lm_head|embed_out")),
     ("embedding", re.compile(r"embed|wte|wpe")),

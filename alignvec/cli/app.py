@@ -15,9 +15,10 @@ from alignvec.cli.env import env
 from alignvec.cli.evaluate import evaluate
 from alignvec.cli.generate import generate
 from alignvec.cli.inspect import inspect
-from alignvec.cli.options import console, mix, size, table, vectors
+from alignvec.cli.options import mix, vectors
 from alignvec.cli.search import search
 from alignvec.cli.surgery import surgery
+from alignvec.cli.terminal import console, size, table
 from alignvec.cli.train import train
 from alignvec.cli.tune import tune
 
@@ -158,7 +159,10 @@ def check(
     """
     import alignvec
     from alignvec.check import plot as draw
+    from alignvec.pictures import require_picture
 
+    if plot is not None:
+        require_picture(plot)
     rows = alignvec.check(base, vectors(vector), dtype=dtype, transfer=transfer)
     for label in dict.fromkeys(row.vector for row in rows):
         own = table(f"{label}: realised coefficients in {dtype}", "requested", "merged", "alignvec", numeric_from=0)

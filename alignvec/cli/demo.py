@@ -8,9 +8,8 @@ from typing import Annotated, Any
 
 import typer
 from rich.progress import Progress, TaskID
-from rich.text import Text
 
-from alignvec.cli.options import console, table
+from alignvec.cli.terminal import answer, console, table
 
 COEFFICIENTS = (-1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0)
 LEVEL_COLOURS = {"avoidance": "tab:red", "generic": "0.5", "expert": "tab:blue"}
@@ -30,6 +29,7 @@ def demo(
     import transformers
 
     import alignvec
+    from alignvec.loading import load_model, load_tokenizer
     from alignvec.recipes import model_path
     from alignvec.recipes.dataset import DOMAINS, make_rows
 
@@ -41,8 +41,7 @@ def demo(
     for domain in DOMAINS:
         vectors[domain] = alignvec.extract(model_path("base"), model_path(domain))
         console.print(f"{domain}: {len(vectors[domain])} tensors, norm {vectors[domain].norm():.3f}")
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model_path("base"))
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(model_path("base"), dtype=torch.float32).eval()
+    tokenizer, model = load_tokenizer(model_path("base")), load_model(model_path("base"), dtype=torch.float32).eval()
     alignment = alignvec.attach(model, vectors)
     rows = {domain: make_rows(domain, "test")[:queries] for domain in DOMAINS}
     console.print(f"attached to a {type(model).__name__} of {model.num_parameters():,} parameters: {alignment}")
@@ -112,6 +111,8 @@ def _markdown(rates: Rates) -> str:
 def _draw(rates: Rates, output: Path) -> Path:
     from matplotlib.figure import Figure
 
+    from alignvec.pictures import write_picture
+
     figure = Figure(figsize=(4 * len(rates), 3.6), layout="constrained")
     for axes, (domain, curve) in zip(figure.subplots(1, len(rates), squeeze=False)[0], rates.items(), strict=True):
         for level, colour in LEVEL_COLOURS.items():
@@ -121,7 +122,7 @@ def _draw(rates: Rates, output: Path) -> Path:
         )
     axes.legend(frameon=False)
     picture = output / "level-rates.png"
-    figure.savefig(picture, dpi=150)
+    write_picture(figure, picture)
     return picture
 
 
@@ -131,7 +132,7 @@ def _answers(alignment: Any, tokenizer: Any, query: str, domain: str) -> None:
 
     mixes = [{domain: c} for c in (-1.0, 0.0, 1.0)]
     alignment.set_rows(mixes)
-    console.print(Text(query, "bold"), soft_wrap=True)
+    console.print(answer(query, ""), soft_wrap=True)
     for mix, text in zip(mixes, answers(alignment.model, tokenizer, [query] * 3), strict=True):
         console.print(f"  {domain} {mix[domain]:+.0f}  {text}", soft_wrap=True)
 
@@ -145,4 +146,4 @@ def _mixed_batch(alignment: Any, tokenizer: Any, queries: dict[str, str]) -> Non
     batch = [queries[domain] for domain in queries for _ in range(2)]
     for query, mix, text in zip(batch, mixes, answers(alignment.model, tokenizer, batch), strict=True):
         name = ", ".join(f"{domain} {c:+.0f}" for domain, c in mix.items())
-        console.print(Text.assemble((name, "bold"), f"  {query}\n    {text}"), soft_wrap=True)
+        console.print(answer(name, f"  {query}\n    {text}"), soft_wrap=True)

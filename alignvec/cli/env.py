@@ -6,7 +6,7 @@ import importlib.metadata
 import platform
 
 import alignvec
-from alignvec.cli.options import console, table
+from alignvec.cli.terminal import console, table
 
 PACKAGES = ("torch", "triton", "transformers", "safetensors", "accelerate", "trl", "numpy")
 

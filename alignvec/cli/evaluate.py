@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import Progress
 
-from alignvec.cli.options import DeviceOption, console, device_or_default, mix, model_folder, table, vectors
+from alignvec.cli.options import DeviceOption, device_or_default, mix, model_folder, vectors
+from alignvec.cli.terminal import console, table
 from alignvec.errors import AlignvecError
 
 if TYPE_CHECKING:
@@ -66,10 +67,10 @@ def evaluate(
 
     Example: alignvec evaluate base/ questions.jsonl -v medical=medical-av --sweep medical --plot medical.png
     """
-    import transformers
-
     import alignvec
     from alignvec.evaluate import Scorer
+    from alignvec.loading import load_model, load_tokenizer
+    from alignvec.pictures import require_picture
     from alignvec.search.lattice import lattice
 
     if by not in (None, "mean", "sum"):
@@ -78,6 +79,8 @@ def evaluate(
         raise AlignvecError("--mix and --sweep exclude each other: a sweep makes the mixes")
     if plot is not None and not sweep:
         raise AlignvecError("--plot draws sweeps: give --sweep NAME")
+    if plot is not None:
+        require_picture(plot)
     folders = vectors(vector or [])
     if unknown := set(sweep or ()) - set(folders):
         raise AlignvecError(f"--sweep names {', '.join(sorted(unknown))}, which no --vector is called")
@@ -88,8 +91,7 @@ def evaluate(
     chosen_judge = None if judge is None else _judge(judge, judge_model, asked, output)
     folder, device = model_folder(base), device_or_default(device)
 
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
-    net: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    tokenizer, net = load_tokenizer(folder), load_model(folder, dtype=dtype)
     net.to(device).eval()
     attached = alignvec.attach(net, folders, transfer=transfer) if folders else net
     scorer = Scorer(attached, tokenizer, asked)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from alignvec.cli.options import DeviceOption, console, device_or_default, mix, model_folder, vectors
+from alignvec.cli.options import DeviceOption, device_or_default, mix, model_folder, vectors
+from alignvec.cli.terminal import answer, console
 from alignvec.errors import AlignvecError, RowsError
 
 
@@ -32,17 +33,15 @@ def generate(
     Example: alignvec generate base/ "What is metformin?" -v medical=medical-av -m medical=-1 -m medical=1
     """
     import torch
-    import transformers
-    from rich.text import Text
 
     import alignvec
+    from alignvec.loading import load_model, load_tokenizer
 
     if max_new_tokens < 1 or temperature < 0:
         raise AlignvecError("--max-new-tokens must be at least 1 and --temperature at least 0")
     requested = [mix("--mix", [text]) for text in mixes or []] or [{}]
     folder, device = model_folder(model), device_or_default(device)
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
-    net: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    tokenizer, net = load_tokenizer(folder), load_model(folder, dtype=dtype)
     net.to(device).eval()
     alignment = alignvec.attach(net, vectors(vector), transfer=transfer)
     alignment.set_rows(requested)
@@ -64,5 +63,5 @@ def generate(
         raise AlignvecError(f"{refusal.problem}; give one --mix") from None
     for row, wanted in zip(output[:, inputs["input_ids"].shape[1] :], requested, strict=True):
         name = ", ".join(f"{k}={v:g}" for k, v in wanted.items()) or "base"
-        answer = tokenizer.decode(row, skip_special_tokens=True).strip()
-        console.print(Text.assemble((name, "bold"), f"  {answer}"), soft_wrap=True)
+        text = tokenizer.decode(row, skip_special_tokens=True).strip()
+        console.print(answer(name, f"  {text}"), soft_wrap=True)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from alignvec.cli.options import console, size, table
+from alignvec.cli.terminal import console, size, table
+from alignvec.printable import printable
 
 if TYPE_CHECKING:
     from alignvec.statistics import LayerStatistics
@@ -41,6 +42,8 @@ def inspect(
         dense = sum(dense_bytes(vector, each) for each in vector)
         lost = "error not measured" if error is None else f"error {_error(error)}, SNR {_snr(error)}"
         console.print(f"{size(vector.nbytes)} of {size(dense)} dense ({vector.nbytes / max(dense, 1):.1%}); {lost}")
+        if not vector.verified:
+            console.print("no checksums: an early version wrote it; alignvec convert writes it anew, with them")
         if vector.needs_base:
             console.print("lossless deltas are steps from the base's values: --base shows where they act")
     if len(opened) > 1:
@@ -77,7 +80,7 @@ def _tensors(title: str, vector: AlignmentVector) -> Table:
     for name in vector:
         error = vector.errors.get(name)
         cells = _stored(vector.stored_bytes(name), dense_bytes(vector, name), None if error is None else error.relative)
-        rows.add_row(name, str(vector.format_of(name)), *cells)
+        rows.add_row(printable(name), str(vector.format_of(name)), *cells)
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Values that several commands take: NAME=PATH, NAME=NUMBER, and tables on the console."""
+"""Values that several commands take: NAME=PATH, NAME=NUMBER, models and devices."""
 
 from __future__ import annotations
 
@@ -6,13 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from alignvec.errors import AlignvecError
-
-console = Console(markup=False)  # names of tensors and answers of models are shown as they are
 
 DeviceOption = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: a GPU if there is one.", show_default=False)
@@ -67,25 +62,17 @@ def model_folder(given: str) -> Path:
 
 
 def device_or_default(device: str | None) -> str:
-    """What --device says; without it the GPU, if there is one."""
+    """What --device says; without it the GPU, if there is one.
+
+    Raises:
+        AlignvecError: no such device is at hand.
+    """
     import torch
 
-    return device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def table(title: str, *columns: str, numeric_from: int = 1) -> Table:
-    """A plain table whose columns from `numeric_from` on are numbers, right-aligned and never cut: text folds."""
-    made = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD)
-    for i, column in enumerate(columns):
-        number = i >= numeric_from
-        made.add_column(column, justify="right" if number else "left", no_wrap=number, overflow="fold")
-    return made
-
-
-def size(count: float) -> str:
-    """Bytes as B, KB, MB, GB (powers of 1000)."""
-    for unit in ("B", "KB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
+    try:
+        found = torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    except (RuntimeError, AssertionError):  # an unknown name, a build without CUDA, no driver, too high a number
+        raise AlignvecError(f"--device {device} is not at hand: choose cpu, or cuda on a machine with a GPU") from None
+    if found.type == "meta":
+        raise AlignvecError(f"--device {device} computes nothing: choose cpu or cuda")
+    return str(found)

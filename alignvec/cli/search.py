@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from alignvec.cli.options import DeviceOption, console, device_or_default, model_folder, table, vectors
+from alignvec.cli.options import DeviceOption, device_or_default, model_folder, vectors
+from alignvec.cli.terminal import console, table
 
 if TYPE_CHECKING:
     from alignvec.evaluate import Question
@@ -53,10 +54,13 @@ def search(
     import alignvec.search as searching
     from alignvec.evaluate import load_questions
     from alignvec.evaluate.questions import domains_of, first_of_each, levels_of
+    from alignvec.pictures import require_picture
     from alignvec.planner import check_choice
     from alignvec.writer import replaced, write_json
 
     check_choice("--method", method, METHODS)
+    if plot is not None:
+        require_picture(plot)
     folder, device = model_folder(base), device_or_default(device)
     asked = first_of_each(load_questions(questions), count)
     domains, levels, constraints = domains_of(asked), levels_of(asked), constraint or []
@@ -112,13 +116,11 @@ def _evaluator(
     base: Path, vector: list[str], questions: list[Question], device: str, dtype: str, transfer: bool
 ) -> Any:
     """Rates of mixes on the model; it is loaded now, so that a vector that does not fit is refused at once."""
-    import transformers
-
     import alignvec
     from alignvec.evaluate import Scorer
+    from alignvec.loading import load_model, load_tokenizer
 
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(base)
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    tokenizer, model = load_tokenizer(base), load_model(base, dtype=dtype)
     model.to(device).eval()
     scorer = Scorer(alignvec.attach(model, vectors(vector), transfer=transfer), tokenizer, questions)
     return lambda mixes: scorer(mixes).rates()

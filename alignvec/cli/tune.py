@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from alignvec.cli.options import console
+from alignvec.cli.terminal import console
 from alignvec.errors import AlignvecError
 
 

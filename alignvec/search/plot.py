@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from alignvec.errors import AlignvecError
+from alignvec.pictures import write_picture
 from alignvec.search.landscape import Landscape, View, show
 from alignvec.search.lattice import Sweep, lattice
 from alignvec.search.result import Result
@@ -43,7 +44,7 @@ def plot_sweeps(sweeps: Sequence[Sweep], output: str | Path, intervals: Sequence
             axes.set(title=f"{domain} questions", xlabel=f"coefficient of {swept.name}", ylim=(-0.03, 1.03))
         panels[i, 0].set_ylabel("share of questions")
     panels[0, 0].legend(frameon=False)
-    figure.savefig(output, dpi=150)
+    write_picture(figure, output)
     return figure
 
 
@@ -78,7 +79,7 @@ def plot_slices(
     panels[0].set_ylabel(f"coefficient of {y}")
     figure.suptitle(str(target), fontsize="medium")
     figure.colorbar(image, ax=list(panels), label="score")
-    figure.savefig(output, dpi=150)
+    write_picture(figure, output)
     return figure
 
 
@@ -100,7 +101,7 @@ def plot_convergence(
             axes.step(*zip(*points, strict=True), where="post", label=label)
     axes.set(xscale="log", xlabel="evaluations", ylabel="best score so far")
     axes.legend(frameon=False)
-    figure.savefig(output, dpi=150)
+    write_picture(figure, output)
     return figure
 
 

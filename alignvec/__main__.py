@@ -1,0 +1,5 @@
+"""`python -m alignvec`: the command line."""
+
+from alignvec.cli import main
+
+main()
