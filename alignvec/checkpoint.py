@@ -17,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from alignvec.errors import AlignvecError
+from alignvec.folders import steady
+from alignvec.hidden import recover
 
 DTYPES = {
     "F64": torch.float64,
@@ -72,6 +74,7 @@ class Checkpoint:
         Headers, offsets, sizes and the index are checked now; values are read later. Raises AlignvecError.
         """
         path = Path(path)
+        recover(path)
         if path.is_file():
             if path.suffix != ".safetensors":
                 raise AlignvecError(f"{path} is not a .safetensors file: {_advice(path)}")
@@ -81,10 +84,11 @@ class Checkpoint:
         single, index = path / f"{stem}.safetensors", path / f"{stem}.safetensors.index.json"
         if single.exists() and index.exists():
             raise AlignvecError(f"{path} holds both {single.name} and {index.name}: remove the one that is out of date")
-        if single.exists():
-            return cls(path, _header(single), _config(path))
-        if index.exists():
-            return cls(path, _sharded(index), _config(path))
+        with steady(path):
+            if single.exists():
+                return cls(path, _header(single), _config(path))
+            if index.exists():
+                return cls(path, _sharded(index), _config(path))
         raise AlignvecError(f"{path} holds neither {single.name} nor {index.name}: {_advice(path)}")
 
     @property

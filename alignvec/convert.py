@@ -10,6 +10,7 @@ from torch import nn
 from alignvec.encoding import asked_for, write_encoded
 from alignvec.errors import AlignvecError
 from alignvec.extract import parse_dtype
+from alignvec.inputs import read_from
 from alignvec.selection import Patterns, as_patterns
 from alignvec.vector import AlignmentVector
 from alignvec.writer import output_folder
@@ -44,20 +45,21 @@ def convert(
     given = _open(vector, base)
     if as_patterns(include) or as_patterns(exclude):
         given = given.select(include, exclude)
+    inputs = [Path(vector)] if isinstance(vector, (str, Path)) else []
     if format == "peft":
         from alignvec.peft import to_peft
 
-        to_peft(given, output, base, overwrite=overwrite)
+        to_peft(given, output, base, overwrite=overwrite, inputs=inputs)
         return None
     format = None if format is None else asked_for(format)
     if base is not None:
         given = given.with_base(base)
     elif given.needs_base and not (format or "lossless").startswith("lossless"):
         raise AlignvecError("the vector is lossless, steps from its base's values: give the base to convert it")
+    inputs += read_from(given)
     chosen = None if dtype is None else parse_dtype(dtype)
     kept = {name: chosen or info.dtype for name, info in given.tensors.items()}
-    inputs = [Path(vector)] if isinstance(vector, (str, Path)) else []
-    with output_folder(output, overwrite=overwrite, inputs=inputs) as folder:
+    with output_folder(output, overwrite=overwrite, inputs=inputs, check=AlignmentVector.load) as folder:
         write_encoded(folder, given, format, kept, max_shard_size, progress=progress)
     converted = AlignmentVector.load(output)
     bound = given.base_values

@@ -13,9 +13,9 @@ from alignvec import formats
 from alignvec.checkpoint import read_json
 from alignvec.errors import AlignvecError
 from alignvec.fingerprint import BaseIdentity
+from alignvec.folders import as_json, write_json
 from alignvec.formats import Encoded
 from alignvec.integrity import SEAL, Checksums, recorded, sealed
-from alignvec.writer import write_json
 
 STEM = "alignment_vector"  # alignment_vector.safetensors (or its shards and index) and alignment_vector.json
 SCHEMA = 2  # 1: dense deltas alone, "tensors" gives their shapes
@@ -38,7 +38,12 @@ class Error:
         return math.inf if not self.relative else -20 * math.log10(self.relative)
 
     @classmethod
-    def of(cls, squared_error: float, squared_norm: float) -> Error:
+    def of(cls, squared_error: float, squared_norm: float, name: str) -> Error:
+        """Of the delta called ``name``. Raises AlignvecError where one of the sums is no finite number."""
+        if not math.isfinite(squared_norm):
+            raise AlignvecError(f"delta {name} is too large: its squares overflow float64; store it dense")
+        if not math.isfinite(squared_error):
+            raise AlignvecError(f"delta {name} overflows when it is read back from this format: choose another one")
         relative = math.sqrt(squared_error / squared_norm) if squared_norm else 0.0
         return cls(relative, math.sqrt(squared_norm))
 
@@ -95,6 +100,7 @@ def describe(
         "tensors": tensors,
         "base": None if base is None else base.to_json(),
     }
+    as_json(f"{STEM}.json", data)  # refuses what cannot be sealed
     write_json(folder / f"{STEM}.json", sealed(data))
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 STEP = 1 << 17  # values subtracted at a time
+SMALLEST = 1e-28  # a sum of so many float32 squares that is above this has lost none that counts
 
 
 @dataclass
@@ -45,12 +47,20 @@ def difference(
         stored.copy_(exact)
         moved = moved or any(float(end) for end in stored.aminmax())
         if dtype != wide:
-            tally.square += float(torch.dot(exact, exact))
+            tally.square += square(exact)
             error = torch.sub(exact, other.copy_(stored), out=other)
             if inexact := int(error.view(torch.int64 if wide == torch.float64 else torch.int32).count_nonzero()):
                 tally.inexact += inexact
-                tally.error += float(torch.dot(error, error))
+                tally.error += square(error)
     return (delta, tally) if moved else None
+
+
+def square(values: Tensor) -> float:
+    """The sum of squares of flat values; in float64 where those of float32 would overflow, or be lost."""
+    found = float(torch.dot(values, values))
+    if SMALLEST <= found < math.inf or values.dtype == torch.float64 or (not found and not values.any()):
+        return found
+    return float(torch.dot(wide := values.double(), wide))
 
 
 def same_bytes(one: Tensor, two: Tensor) -> bool:

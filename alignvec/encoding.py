@@ -145,8 +145,8 @@ class _Run:
                 stored = exact_delta(name, base, aligned)
         encoded = formats.encode(spec, stored, base, name, aligned=aligned)
         if encoded.name == "lossless":
-            return encoded, Error.of(0.0, square(delta))
-        return encoded, Error.of(formats.squared_error(encoded, delta), square(delta))
+            return encoded, Error.of(0.0, square(delta), name)
+        return encoded, Error.of(formats.squared_error(encoded, delta), square(delta), name)
 
     def _values(self, name: str, lossless: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The delta in float32 (or wider); for lossless the base and, where there is one, the aligned tensor, too."""

@@ -82,7 +82,7 @@ def extract(
             memory.tensors, made.identity, format=format, source=source | made.losses, errors=made.errors
         )
     inputs = [side.checkpoint.path for side in (left, right) if isinstance(side, StoredSource)]
-    with output_folder(output, overwrite=overwrite, inputs=inputs) as folder:
+    with output_folder(output, overwrite=overwrite, inputs=inputs, check=AlignmentVector.load) as folder:
         if format != "dense":
             vector = _survey(left, right, plan, format, source, progress)
             write_encoded(folder, vector, format, _kept(plan), max_shard_size, aligned=right, progress=progress)

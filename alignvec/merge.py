@@ -16,18 +16,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from alignvec.checkpoint import TensorInfo, read_json
+from alignvec.checkpoint import Checkpoint, TensorInfo, read_json
 from alignvec.deltas import require_finite
 from alignvec.encoding import restored
 from alignvec.errors import AlignvecError
 from alignvec.extract import CHUNK, parse_dtype
 from alignvec.fingerprint import dtype_name
+from alignvec.inputs import read_from
+from alignvec.owned import REPORT, TEMPLATES
 from alignvec.pairing import HEADS, tied_to
 from alignvec.progress import bytes_bar
 from alignvec.rounding import ROUNDINGS, RealisedCoefficients, mix_
 from alignvec.sources import StoredSource, in_order, open_source
 from alignvec.stored_base import Digest, bind, knows, require_base
-from alignvec.tokenizer_files import TEMPLATES, TokenizerWarning, copy_tokenizer, notes_on, replacement_for
+from alignvec.tokenizer_files import TokenizerWarning, copy_tokenizer, notes_on, replacement_for
 from alignvec.vector import AlignmentVector
 from alignvec.writer import ShardWriter, output_folder, write_json
 
@@ -84,7 +86,8 @@ def merge(
 
     Raises AlignvecError, leaving nothing behind, for vectors of a different base, a quantised base, unknown or missing
     coefficients, ones that are not finite, a result that overflows, a tokenizer whose tokens the embedding has no rows
-    for, and an output that exists.
+    for, and an output that exists (with ``overwrite``: that is, or holds, an input, or holds what the library did not
+    write).
     """
     target = None if dtype is None else parse_dtype(dtype)
     if rounding not in ROUNDINGS:
@@ -106,7 +109,10 @@ def merge(
     folder = path if path.is_dir() else path.parent
     replacement = None if tokenizer is None else replacement_for(source, tokenizer)
     notes = () if replacement else notes_on(source.label, folder, opened, requested)
-    with output_folder(output, overwrite=overwrite, inputs=[path]) as partial_output:
+    inputs = [path, *(Path(v) for v in vectors.values() if not isinstance(v, AlignmentVector))]
+    inputs += [file for vector in opened.values() for file in read_from(vector)]
+    inputs += [] if replacement is None else [replacement]
+    with output_folder(output, overwrite=overwrite, inputs=inputs, check=Checkpoint.open) as partial_output:
         with ShardWriter(partial_output, "model", plan.stored, max_shard_size) as writer:
             run = _Run(plan, list(requested.values()), rounding, seed, transfer)
             run.stream(writer, keep_shards=max_shard_size is None and path.is_dir(), progress=progress)
@@ -114,12 +120,12 @@ def merge(
         realised = dict(zip(opened, run.realised.solve(list(requested.values())), strict=True))
         values = sum(info.numel for info in plan.stored.values() if info.dtype.is_floating_point)
         report = MergeReport(Path(output), requested, realised, values, run.changed, rounding, notes)
-        _copy_others(folder, partial_output, target)
+        copied = _copy_others(folder, partial_output, target)
         if replacement is not None:
             copy_tokenizer(replacement, partial_output)
-        record = {**dataclasses.asdict(report), "base": source.label}
+        record = {**dataclasses.asdict(report), "base": source.label, "files": copied}
         del record["output"]
-        write_json(partial_output / "merge_report.json", record)
+        write_json(partial_output / REPORT, record)
     for note in notes:
         warnings.warn(note, TokenizerWarning, stacklevel=2)
     return report
@@ -278,11 +284,14 @@ class _Piece:
     changed: int
 
 
-def _copy_others(source: Path, target: Path, dtype: torch.dtype | None) -> None:
-    """Config, tokenizer and whatever else is no weight; the config says which dtype the weights have now."""
+def _copy_others(source: Path, target: Path, dtype: torch.dtype | None) -> list[str]:
+    """Config, tokenizer and whatever else is no weight; the config says which dtype the weights have now. Gives the
+    names of the files that were copied."""
+    copied = []
     for file in sorted(source.iterdir()):
         if file.is_file() and not file.name.endswith(WEIGHTS) and not file.name.startswith("."):
             shutil.copyfile(file, target / file.name)
+            copied.append(file.name)
     if (source / TEMPLATES).is_dir():
         shutil.copytree(source / TEMPLATES, target / TEMPLATES)
     config = target / "config.json"
@@ -291,3 +300,4 @@ def _copy_others(source: Path, target: Path, dtype: torch.dtype | None) -> None:
         for key in [key for key in ("dtype", "torch_dtype") if key in data] or ["dtype"]:
             data[key] = dtype_name(dtype)
         write_json(config, data)
+    return copied

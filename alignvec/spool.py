@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from alignvec.deltas import key
 from alignvec.description import STEM
 from alignvec.formats import Encoded
 from alignvec.integrity import checksums_of
-from alignvec.writer import ShardWriter, parse_size
+from alignvec.writer import ShardWriter, parse_size, require_apart, require_names
 
 STEP = 1 << 22  # bytes copied at a time
 
@@ -34,10 +35,14 @@ class Spool:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # a full disk takes no more of what is buffered
+            self._file.close()
 
     def write(self, name: str, encoded: Encoded) -> None:
         parts = {part: values.detach().cpu().contiguous() for part, values in encoded.parts.items()}
+        for part in parts:
+            require_names([key(name, part)])
+            require_apart(key(name, part), self._parts)
         self.checksums[name] = checksums_of(name, Encoded(encoded.name, encoded.shape, encoded.options, parts))
         for part, values in parts.items():
             offset = self._file.tell()

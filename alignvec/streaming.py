@@ -85,7 +85,7 @@ def stream(
             tally.add(own)
             if found:
                 writer.end()
-                errors[name] = Error.of(own.error, own.square) if own.square else Error(0.0)
+                errors[name] = Error.of(own.error, own.square, name) if own.square else Error(0.0)
                 checksums[name] = {"": "".join(digits)}
             else:
                 writer.roll_back()
@@ -103,8 +103,9 @@ def stream(
         )
     order = [name for name in left.tensors if name in identities]
     identity = BaseIdentity(identifying(left.config), {name: identities[name] for name in order})
-    relative = math.sqrt(tally.error / tally.square) if tally.square else 0.0
-    return Streamed(identity, {"inexact_values": tally.inexact, "rounding_error": relative}, errors, checksums)
+    whole = Error.of(tally.error, tally.square, "of the whole")
+    source = {"inexact_values": tally.inexact, "rounding_error": whole.relative}
+    return Streamed(identity, source, errors, checksums)
 
 
 class _Piece(NamedTuple):

@@ -13,21 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from alignvec.checkpoint import read_json
 from alignvec.errors import AlignvecError
+from alignvec.folders import write_json
+from alignvec.owned import CONFIGS, TEMPLATES, TOKENIZER_FILES, is_tokenizer_file
 from alignvec.pairing import EMBEDDINGS
 from alignvec.sources import Source, StoredSource, local_path
-from alignvec.writer import write_json
 
 if TYPE_CHECKING:
     from alignvec.vector import AlignmentVector
 
-TEMPLATES = "additional_chat_templates"
-FILES = (
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", f"{TEMPLATES}/*"),
-    *("vocab*", "merges.txt", "*.model", "*.spm", "*.tiktoken", "*.tokenizer", "tekken.json", "tokenization_*.py"),
-    *("dict.txt", "emoji.json", "entity_vocab.json", "byte_maps.json", "normalizer.json"),
-)
 MAIN = ("tokenizer*", "vocab*", "*.model", "*.spm", "*.tiktoken", "*.tokenizer", "tekken.json")  # one of them is needed
-CONFIGS = ("generation_config.json", "config.json")
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -40,7 +34,7 @@ def files(folder: Path) -> Iterator[Path]:
     """The tokenizer's files, sorted by name, those of further chat templates last."""
     for place in (folder, folder / TEMPLATES):
         for file in sorted(place.iterdir()) if place.is_dir() else ():
-            if file.is_file() and any(fnmatchcase(file.relative_to(folder).as_posix(), pattern) for pattern in FILES):
+            if file.is_file() and is_tokenizer_file(file.relative_to(folder).as_posix()):
                 yield file
 
 
@@ -126,7 +120,7 @@ def replacement_for(base: StoredSource, given: str | Path) -> Path:
 
     Raises AlignvecError for a folder without a tokenizer, and for a tokenizer with more tokens than rows.
     """
-    folder = local_path(given, files=[*FILES, *CONFIGS])
+    folder = local_path(given, files=[*TOKENIZER_FILES, *CONFIGS])
     if not is_tokenizer(folder):
         raise AlignvecError(f"{given} holds no tokenizer: give a folder with tokenizer.json, or a hub id")
     vocabulary, added = _tokens(folder)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import importlib.metadata
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from alignvec import planner
 from alignvec.errors import AlignvecError
+from alignvec.folders import replaced, write_json
 from alignvec.kernels import configs, operands, reference
 from alignvec.kernels.configs import Config, Entry, Table
 from alignvec.kernels.operands import Operand
@@ -253,13 +253,11 @@ RESOURCES = {"num_warps": (2, 4, 8), "num_stages": (1, 2, 3, 4, 5)}
 
 
 def write(table: Table, path: Path) -> None:
-    """Beside its place, then renamed."""
+    """Beside its place, then renamed. Raises AlignvecError where it cannot be written."""
     entries = [asdict(entry) for entry in table.entries]
     data = dict(device=asdict(table.device), matches=table.matches, about=table.about, entries=entries)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".partial")
-    beside.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    beside.replace(path)
+    with replaced(path) as file:
+        write_json(file, data, indent=1)
 
 
 def about() -> dict[str, str]:

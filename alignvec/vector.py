@@ -18,11 +18,14 @@ from alignvec.deltas import STEP, BaseValues, InMemory, Stored, key
 from alignvec.description import STEM, Error, describe, known_format, read_description, title
 from alignvec.errors import AlignvecError
 from alignvec.fingerprint import BaseIdentity, summary
+from alignvec.folders import steady
 from alignvec.formats import Encoded, Spec
+from alignvec.hidden import recover
+from alignvec.inputs import read_from
 from alignvec.integrity import checksum_of, meaning
 from alignvec.selection import Patterns, as_patterns, selected
 from alignvec.sources import LiveSource, Source, StoredSource, open_source
-from alignvec.writer import ShardWriter, output_folder
+from alignvec.writer import ShardWriter, output_folder, require_apart
 
 if TYPE_CHECKING:
     from alignvec.statistics import LayerStatistics
@@ -264,15 +267,21 @@ class AlignmentVector:
     def save(self, path: str | Path, max_shard_size: int | str = "5GB", *, overwrite: bool = False) -> None:
         """Write a folder of safetensors and ``alignment_vector.json``; it appears whole or not at all.
 
-        Raises AlignvecError when ``path`` holds something (``overwrite`` replaces a vector or checkpoint).
+        ``path`` may be the folder that the vector is read from. Raises AlignvecError when it holds something
+        (``overwrite`` replaces a vector or checkpoint, and nothing that the library did not write) or a base that the
+        vector needs, for names that safetensors files do not give back, and when the disk is full.
         """
         headers = self._deltas.headers
         parts = [(name, part, info) for name in self for part, info in self._deltas.layout(name).items()]
         parts.sort(key=lambda entry: -entry[2].dtype.itemsize)
-        expected = {key(name, part): info for name, part, info in parts}
+        expected: dict[str, TensorInfo] = {}
+        for name, part, info in parts:
+            require_apart(key(name, part), expected)
+            expected[key(name, part)] = info
+        inputs = read_from(self, terms=False)
         checksums: dict[str, dict[str, str]] = {name: {} for name in self}
         with (
-            output_folder(path, overwrite=overwrite) as folder,
+            output_folder(path, overwrite=overwrite, inputs=inputs, check=type(self).load) as folder,
             ShardWriter(folder, STEM, expected, max_shard_size) as w,
         ):
             for name, part, info in parts:
@@ -298,10 +307,12 @@ class AlignmentVector:
         Raises AlignvecError for a folder that is missing, incomplete, corrupted or of a later schema.
         """
         folder = Path(path)
+        recover(folder)
         file = folder / f"{STEM}.json"
         if not file.is_file():
             raise AlignvecError(f"{folder} is no alignment vector: it holds no {file.name}{_instead(folder)}")
-        checkpoint, description = Checkpoint.open(folder, stem=STEM), read_description(file, verify=verify)
+        with steady(folder):
+            checkpoint, description = Checkpoint.open(folder, stem=STEM), read_description(file, verify=verify)
         try:
             deltas = Stored(checkpoint, description.headers, checksums=description.checksums)
             return cls(

@@ -1,14 +1,12 @@
-"""Writing safetensors checkpoints as a stream, into a folder that appears whole or not at all."""
+"""Writing safetensors checkpoints as a stream."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-import shutil
-import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable
+from decimal import Decimal
 from io import FileIO
 from pathlib import Path
 
@@ -17,56 +15,23 @@ from torch import Tensor
 
 from alignvec.checkpoint import DTYPES, TensorInfo
 from alignvec.errors import AlignvecError
+from alignvec.folders import output_folder as output_folder
+from alignvec.folders import replaced as replaced
+from alignvec.folders import write_json as write_json
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+RESERVED = "__metadata__"  # what is no tensor in a header
+LONGEST_HEADER = 100_000_000  # bytes; the safetensors library reads none that is longer
 
 
 def parse_size(size: int | str) -> int:
     """Bytes in ``5_000_000_000``, ``"5GB"`` or ``"4GiB"``."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
-    if match is None or match[2].upper() not in UNITS or (count := int(float(match[1]) * UNITS[match[2].upper()])) < 1:
+    count = 0 if match is None else int(Decimal(match[1]) * UNITS.get(match[2].upper(), 0))
+    if count < 1:
         raise AlignvecError(f"max_shard_size {size!r} is no size: write 5000000000, '5GB' or '500MB'")
     return count
-
-
-@contextlib.contextmanager
-def output_folder(path: str | Path, *, overwrite: bool = False, inputs: Iterable[Path] = ()) -> Iterator[Path]:
-    """A hidden folder beside ``path`` to write into; renamed to ``path`` at the end, removed on any failure.
-
-    An existing ``path`` is refused unless it is an empty folder, or ``overwrite`` is set and it holds a checkpoint or a
-    vector; so is one that holds any of ``inputs``. Raises AlignvecError before anything is written.
-    """
-    path = Path(os.path.abspath(path))
-    occupied = path.exists() and not (path.is_dir() and next(path.iterdir(), None) is None)
-    if occupied and not overwrite:
-        raise AlignvecError(f"{path} exists and is not an empty folder: choose another output, or set overwrite")
-    if occupied and not (path.is_dir() and next(path.glob("*.safetensors"), None)):
-        raise AlignvecError(f"{path} holds no safetensors file, so it will not be overwritten: choose another output")
-    for source in inputs:
-        if source.resolve().is_relative_to(path.resolve()):
-            raise AlignvecError(f"{path} holds the input {source}: choose another output")
-    parents = [parent for parent in path.parents if not parent.exists()]
-    name = f".{path.name}.{uuid.uuid4().hex[:8]}"
-    temporary, old = path.with_name(f"{name}.partial"), path.with_name(f"{name}.old")
-    try:
-        try:
-            temporary.mkdir(parents=True)
-        except OSError as error:
-            raise AlignvecError(f"{path} cannot be written: {error.strerror or error}") from error
-        yield temporary
-        if occupied:
-            path.rename(old)
-        temporary.replace(path)
-    except BaseException:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        shutil.rmtree(temporary, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            for parent in parents:
-                parent.rmdir()
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 class ShardWriter:
@@ -83,9 +48,15 @@ class ShardWriter:
     ) -> None:
         self.folder, self.stem = folder, stem
         self.limit = None if max_shard_size is None else parse_size(max_shard_size)
+        require_names(expected)
         largest = 8 + sum(info.nbytes for info in expected.values())
         entries = {name: _entry(info.dtype, info.shape, largest, largest) for name, info in expected.items()}
         self._room = -(-len(_header(entries)) // 8) * 8
+        if self._room > LONGEST_HEADER:
+            raise AlignvecError(
+                f"the names of {len(expected)} tensors fill {self._room} bytes, and a safetensors file has room for "
+                f"{LONGEST_HEADER}: give them shorter names"
+            )
         self._shards: list[tuple[Path, str | None, list[str]]] = []  # written file, its final name, its tensors
         self._file: FileIO | None = None
         self._entries: dict[str, dict[str, object]] = {}
@@ -178,20 +149,21 @@ class ShardWriter:
             write_json(self.folder / f"{self.stem}.safetensors.index.json", index)
 
 
-@contextlib.contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` to write to; it takes the place of ``path`` when the block ends well, else it goes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield beside
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+def require_names(names: Iterable[str]) -> None:
+    """AlignvecError for a name that no safetensors file gives back: the header's own, and what is no Unicode text."""
+    for name in names:
+        if name == RESERVED:
+            raise AlignvecError(f"a tensor cannot be stored as {name!r}, which safetensors files keep: rename it")
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise AlignvecError(f"a tensor cannot be stored as {name!r}, which is no text: rename it") from None
 
 
-def write_json(file: Path, data: object) -> None:
-    file.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+def require_apart(name: str, taken: Container[str]) -> None:
+    """AlignvecError where a part of a delta would have the name of another: ``w/scales`` beside the scales of ``w``."""
+    if name in taken:
+        raise AlignvecError(f"two deltas would be stored as {name!r}: rename one of them, or change its format")
 
 
 def _entry(dtype: torch.dtype, shape: tuple[int, ...], start: int, stop: int) -> dict[str, object]:

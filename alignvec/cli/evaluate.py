@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -218,7 +217,7 @@ def _write(
     """One entry a mix: by domain and level, rates and intervals, and each level's mean log-probability a token."""
     import torch
 
-    from alignvec.writer import replaced
+    from alignvec.folders import nulled, replaced, write_json
 
     def named(values: torch.Tensor, levels: tuple[str, ...]) -> dict[str, Any]:
         """[domains, levels, ...] by name."""
@@ -250,4 +249,4 @@ def _write(
         "mixes": entries,
     }
     with replaced(output) as file:
-        file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_json(file, nulled(report), indent=1)

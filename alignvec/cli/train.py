@@ -64,6 +64,12 @@ def train(
     wanted = preferences(prefer or [])
     chosen = pairs_from_questions(load_questions(pairs), wanted) if wanted else load_pairs(pairs)
     model = model_folder(base)
+    if work_folder is not None:
+        places = Path(output).resolve(), work_folder.resolve()
+        if places[0].is_relative_to(places[1]) or places[1].is_relative_to(places[0]):
+            raise AlignvecError(
+                f"--work-folder {work_folder} and the output {output} lie in each other: choose two folders"
+            )
     with output_folder(output, overwrite=overwrite, inputs=[model]) as folder:  # refused before training, not after
         vector = train_dpo(
             model,

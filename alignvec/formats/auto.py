@@ -5,6 +5,7 @@ The error of the whole is the sum of the tensors' own, so bytes go where one mor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
@@ -65,7 +66,9 @@ def measure(
                 continue
             raise
         exact = encoded.name in ("dense", "lossless")
-        choices.append((spec, encoded.nbytes, 0.0 if exact else formats.squared_error(encoded, delta, base)))
+        error = 0.0 if exact else formats.squared_error(encoded, delta, base)
+        if math.isfinite(error):  # what overflows when it is read back is no choice
+            choices.append((spec, encoded.nbytes, error))
     return choices
 
 

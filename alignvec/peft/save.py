@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,24 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from alignvec.checkpoint import Checkpoint
 from alignvec.errors import AlignvecError
+from alignvec.inputs import read_from
 from alignvec.pairing import EMBEDDINGS, HEADS
 from alignvec.peft.base import CONFIG, PREFIX, STEM, Base
 from alignvec.vector import AlignmentVector
-from alignvec.writer import output_folder
+from alignvec.writer import output_folder, require_names, write_json
 
 CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # model types with layers stored as [in, out]
 
 
 def to_peft(
-    vector: AlignmentVector, output: str | Path, base: str | Path | nn.Module | None = None, *, overwrite: bool = False
+    vector: AlignmentVector,
+    output: str | Path,
+    base: str | Path | nn.Module | None = None,
+    *,
+    overwrite: bool = False,
+    inputs: Sequence[Path] = (),
 ) -> None:
     """Write a low-rank vector as a LoRA adapter that `PeftModel.from_pretrained` loads onto the base.
 
@@ -33,6 +41,7 @@ def to_peft(
     Args:
         base: the vector's base, a checkpoint or a live model. Needed for `modules_to_save`, and for models with Conv1D
             layers (GPT-2), which cannot be told from linear ones by their names.
+        inputs: folders that `output` must not replace, beside those that the vector and the base are read from.
 
     Raises:
         AlignvecError: a delta that is neither low-rank nor dense, no low-rank one at all, an embedding tied to the head
@@ -57,6 +66,7 @@ def to_peft(
     if biased and "embedding" in kinds:
         raise AlignvecError("PEFT has no LoRA bias beside LoRA of an embedding: leave one of them out of the vector")
     saved = _add_modules(vector, live, ranks, known, state)
+    require_names(state)
     rank = Counter(ranks.values()).most_common(1)[0][0]
     pattern = {re.escape(path): other for path, other in ranks.items() if other != rank}
     config: dict[str, Any] = {
@@ -77,9 +87,10 @@ def to_peft(
         "lora_dropout": 0.0,
         "init_lora_weights": True,
     }
-    with output_folder(output, overwrite=overwrite) as folder:
+    read = [*inputs, *read_from(vector), *([Path(base)] if isinstance(base, (str, Path)) else [])]
+    with output_folder(output, overwrite=overwrite, inputs=read, check=partial(Checkpoint.open, stem=STEM)) as folder:
         save_file({PREFIX + key: value.contiguous() for key, value in state.items()}, folder / f"{STEM}.safetensors")
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        write_json(folder / CONFIG, config)
 
 
 def _whole(live: str, base: Base | None) -> bool:

@@ -43,7 +43,7 @@ def save_grid(landscape: Landscape, path: str | Path, questions: Mapping[str, in
     asked = torch.tensor([questions[domain] for domain in landscape.domains], dtype=torch.float64)
     exact = landscape.rates([landscape.mix(key) for key in product]) * asked[:, None]
     counts = exact.round()
-    if float((counts - exact).abs().max()) > 1e-4:
+    if not bool(exact.isfinite().all()) or float((counts - exact).abs().max()) > 1e-4:
         raise AlignvecError(f"the rates are no whole numbers of {dict(questions)} questions: give the true counts")
     largest = float(counts.max())
     dtype = torch.uint8 if largest < 2**8 else torch.uint16 if largest < 2**16 else torch.int32

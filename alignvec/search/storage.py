@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from alignvec.errors import AlignvecError
+from alignvec.folders import told
 
 Record = tuple[list[float], Tensor, float]  # coefficients in the order of the names, rates [domains, levels], seconds
 
@@ -63,13 +65,13 @@ class Storage:
 
     def append(self, records: Sequence[tuple[Sequence[int], list[list[float]], float]]) -> None:
         """Write mixes (coefficients in millionths, rates, seconds) to the end; they are on disk when this returns."""
-        lines = [
-            RECORD
-            + json.dumps([value / 1e6 for value in key])
-            + f', "rates": {json.dumps(rates)}, "seconds": {took:.6g}}}\n'
-            for key, rates, took in records
-        ]
-        try:
+        lines = []
+        for key, rates, took in records:
+            mix = [value / 1e6 for value in key]
+            if not all(math.isfinite(value) for value in [*mix, took, *(share for row in rates for share in row)]):
+                raise AlignvecError(f"the rates of the mix {mix} hold NaN or infinity: they are not stored")
+            lines.append(f'{RECORD}{json.dumps(mix)}, "rates": {json.dumps(rates)}, "seconds": {took:.6g}}}\n')
+        with told(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("r+b" if self.path.exists() else "wb") as file:
                 file.truncate(self._whole)
@@ -78,8 +80,6 @@ class Storage:
                 file.flush()
                 os.fsync(file.fileno())
                 self._whole = file.tell()
-        except OSError as error:
-            raise AlignvecError(f"{self.path} cannot be written: {error.strerror or error}") from None
 
     def _check_header(self, line: bytes) -> None:
         try:

@@ -143,7 +143,7 @@ class _Run:
                 for writer, whole, errors, checksums in zip(writers, made, found, self.checksums, strict=True):
                     if whole.some:
                         writer.end()
-                        errors[name] = Error.of(whole.error, whole.square)
+                        errors[name] = Error.of(whole.error, whole.square, name)
                         checksums[name] = {"": whole.digits}
                     else:
                         writer.roll_back()

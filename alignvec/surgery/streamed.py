@@ -20,6 +20,7 @@ from alignvec.encoding import square
 from alignvec.errors import AlignvecError
 from alignvec.extract import parse_dtype
 from alignvec.formats import Encoded
+from alignvec.inputs import read_from
 from alignvec.progress import bytes_bar
 from alignvec.spool import Spool
 from alignvec.vector import AlignmentVector
@@ -170,9 +171,11 @@ def folders_of(
     for name in names:
         if name in (".", "..") or "/" in name or "\\" in name:
             raise AlignvecError(f"{name!r} cannot be the name of a folder: give the vector another name")
-    taken = [Path(given) for given in inputs.values() if not isinstance(given, AlignmentVector)]
-    overwrite = storage.get("overwrite", False)
-    return [stack.enter_context(output_folder(output / n, overwrite=overwrite, inputs=taken)) for n in names]
+    taken = [path for v in inputs.values() for path in (read_from(v) if isinstance(v, AlignmentVector) else [Path(v)])]
+    overwrite, check = storage.get("overwrite", False), AlignmentVector.load
+    return [
+        stack.enter_context(output_folder(output / n, overwrite=overwrite, inputs=taken, check=check)) for n in names
+    ]
 
 
 def _read(
@@ -199,4 +202,4 @@ def _stored(
     as_is = delta.dim() < 2 or spec.name in ("dense", "sparse")
     made = formats.encode(spec, delta.to(dtype) if dtype is not None and as_is else delta, name=name)
     encoded = Encoded(made.name, made.shape, made.options, {key: part.cpu() for key, part in made.parts.items()})
-    return encoded, Error.of(formats.squared_error(encoded, delta.cpu()), square(delta))
+    return encoded, Error.of(formats.squared_error(encoded, delta.cpu()), square(delta), name)

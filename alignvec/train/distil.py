@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from alignvec import formats
 from alignvec.description import STEM, Error
+from alignvec.encoding import square
 from alignvec.errors import AlignvecError
 from alignvec.evaluate.questions import Question, load_questions, numbered_lines
 from alignvec.fingerprint import summary
@@ -265,7 +266,7 @@ def _distilled(
             encoded = _with_scales(encoded, scales)
             if name in target:
                 exact = target[name].float()
-                errors[name] = Error.of(formats.squared_error(encoded, exact), float(exact.double().square().sum()))
+                errors[name] = Error.of(formats.squared_error(encoded, exact), square(exact), name)
         deltas[name] = encoded
     source = {**vector.source, "distilled": settings}
     return AlignmentVector(deltas, vector.base, format=vector.format, source=source, errors=errors)

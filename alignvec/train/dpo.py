@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +17,7 @@ from alignvec.errors import AlignvecError
 from alignvec.loading import load_model
 from alignvec.train.packages import quiet, require
 from alignvec.train.pairs import COLUMNS, is_conversation, load_pairs
-from alignvec.train.resume import checkpoint, claim
+from alignvec.train.resume import checkpoint, claim, saving
 from alignvec.vector import AlignmentVector
 
 if TYPE_CHECKING:
@@ -81,7 +82,8 @@ def train_dpo(
             "bfloat16" for a LoRA and else "mixed".
         dtype: of dense deltas; default: the base's, which keeps differences to 8 bits in bfloat16.
         device: "cpu", or "auto": what accelerate finds.
-        work_folder: keeps checkpoints, ten a run, from which a run that was cut short goes on when it is called again.
+        work_folder: keeps checkpoints, ten a run, from which a run that was cut short goes on when it is called again:
+            from the latest that is whole, with a warning that names later ones which were not written to their end.
         dpo: any other field of TRL's DPOConfig, such as `{"optim": "adamw_bnb_8bit", "gradient_checkpointing": False}`.
         callbacks: transformers' callbacks.
         progress: draw a bar.
@@ -89,7 +91,7 @@ def train_dpo(
     Raises:
         AlignvecError: an option out of range or unknown, malformed pairs, a base with vectors attached, a work folder
             of another run, missing packages; before anything is trained. Also when training changed nothing, or ended
-            in NaN.
+            in NaN, and when a checkpoint cannot be written.
     """
     require("trl", "datasets", "accelerate", *(["peft"] if method == "lora" else []))
     _check(method, precision, device, keep=keep, steps=steps, epochs=epochs, batch_size=batch_size, rank=rank)
@@ -136,7 +138,8 @@ def train_dpo(
         trainer = _trainer(model, tokenizer, given, folder, settings, lora)
         for callback in [*callbacks, *([_bar(stack)] if progress else [])]:
             trainer.add_callback(callback)
-        trainer.train(resume_from_checkpoint=checkpoint(folder))
+        with contextlib.nullcontext() if work_folder is None else saving(folder):
+            trainer.train(resume_from_checkpoint=checkpoint(folder))
         trained = trainer.accelerator.unwrap_model(trainer.model)
     return _low_rank(base, trained, keep) if lora is not None else _dense(base, trained, keep, dtype)
 

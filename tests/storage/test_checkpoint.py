@@ -200,12 +200,12 @@ def test_existing_output_is_kept_unless_told(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     with output_folder(out) as folder:  # empty: fine
-        (folder / "a.safetensors").write_text("old")
+        (folder / "model.safetensors").write_text("old")
     with pytest.raises(AlignvecError, match="not an empty folder"), output_folder(out):
         pass
     with pytest.raises(ZeroDivisionError), output_folder(out, overwrite=True):
         raise ZeroDivisionError
-    assert (out / "a.safetensors").read_text() == "old"
+    assert (out / "model.safetensors").read_text() == "old"
     with output_folder(out, overwrite=True) as folder:
         (folder / "b").write_text("new")
     assert [file.name for file in out.iterdir()] == ["b"]

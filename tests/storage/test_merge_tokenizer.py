@@ -14,9 +14,10 @@ import transformers
 import alignvec
 from alignvec import AlignmentVector, merge
 from alignvec.errors import AlignvecError
+from alignvec.owned import TOKENIZER_FILES as FILES
 from alignvec.recipes import model_path
 from alignvec.sources import open_source
-from alignvec.tokenizer_files import FILES, TokenizerWarning, differing, tokenizer_record, traits
+from alignvec.tokenizer_files import TokenizerWarning, differing, tokenizer_record, traits
 from tests.storage.checkpoints import weights, write_checkpoint
 
 ROWS = 61

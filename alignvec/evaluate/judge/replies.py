@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
+from io import FileIO
 from pathlib import Path
 
 from alignvec.errors import AlignvecError
-from alignvec.writer import replaced
+from alignvec.folders import replaced, told
 
 
 class Replies:
@@ -35,11 +37,8 @@ class Replies:
         with self._lock:
             self._texts[key] = reply
             if self.path is not None:
-                try:
-                    with self.path.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps({"key": key, "reply": reply}) + "\n")
-                except OSError as error:
-                    raise AlignvecError(f"{self.path} cannot be written: {error.strerror or error}") from None
+                with told(self.path), self.path.open("ab", buffering=0) as file:
+                    _append(file, (json.dumps({"key": key, "reply": reply}) + "\n").encode())
 
     def _read(self, path: Path) -> None:
         try:
@@ -58,3 +57,15 @@ class Replies:
         if len(whole) != sum(map(len, lines)):  # the last line was cut off by a crash: asked again, written anew
             with replaced(path) as file:
                 file.write_text(whole, encoding="utf-8")
+
+
+def _append(file: FileIO, line: bytes) -> None:
+    """All of a line, or nothing of it: the next one would be written behind the part that a full disk took."""
+    end = file.seek(0, os.SEEK_END)
+    try:
+        view = memoryview(line)
+        while view:
+            view = view[file.write(view) :]
+    except OSError:
+        file.truncate(end)
+        raise
