@@ -10,7 +10,7 @@ refuse `validate` (of option values) and `check` (of what the parts hold).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 
 import torch
@@ -20,7 +20,7 @@ from alignvec.errors import AlignvecError
 from alignvec.formats import dense, integer, lossless, low_rank, sign, sparse
 from alignvec.formats.spec import Encoded, Option, Spec, blocks, finite, matrix
 
-__all__ = ["FORMATS", "Encoded", "Spec", "check", "decode", "encode", "layout", "parse", "squared_error"]
+__all__ = ["FORMATS", "Encoded", "Spec", "check", "decode", "encode", "joined", "layout", "parse", "squared_error"]
 
 Layout = dict[str, tuple[torch.dtype | tuple[torch.dtype, ...], tuple[int | None, ...]]]
 
@@ -107,6 +107,17 @@ def decode(encoded: Encoded, base: Tensor | None = None, rows: slice | None = No
     return decoded.reshape(encoded.shape) if rows is None else decoded
 
 
+def joined(pieces: Sequence[Encoded], shape: tuple[int, ...], name: str = "") -> Encoded:
+    """A parameter of this shape from stretches of its rows, in their order, all in one format that looks at each row
+    alone: dense, int8, int4, sign, lossless."""
+    if pieces[0].name == "lossless":
+        return lossless.joined(pieces, shape, name)
+    parts = {part: torch.cat([piece.parts[part] for piece in pieces]) for part in pieces[0].parts}
+    if pieces[0].name == "dense":
+        parts = {part: values.view(shape) for part, values in parts.items()}
+    return Encoded(pieces[0].name, shape, pieces[0].options, parts)
+
+
 def layout(name: str, shape: tuple[int, ...], options: Mapping[str, Option]) -> Layout:
     """What a file has to hold: part to dtype (or those allowed) and shape, None for a size that depends on the data.
 
@@ -150,7 +161,8 @@ def squared_error(encoded: Encoded, delta: Tensor, base: Tensor | None = None) -
     total = 0.0
     for part in blocks(rows, cols):
         decoded = decode(encoded, None if base is None else base[part], part)
-        total += float((decoded.double() - delta[part].double()).square().sum())
+        error = (decoded.double() - delta[part].double()).view(-1)
+        total += float(torch.dot(error, error))
     return total
 
 
