@@ -73,11 +73,15 @@ class Encoder:
         if spec.name == "lossless" and not spec.options["width"]:
             width = lossless.narrowest(self._far(name), *matrix(shape))
             spec = Spec(spec.name, {**spec.options, "width": width})
-        pieces, lost, norm = [], 0.0, 0.0
-        for encoded, error, squares in self._each(name, partial(self._piece, name, spec)):
-            pieces.append(encoded)
-            lost, norm = lost + error, norm + squares
-        return formats.joined(pieces, shape, name), Error.of(lost, norm)
+        lost = norm = 0.0
+
+        def pieces() -> Iterator[Encoded]:
+            nonlocal lost, norm
+            for encoded, error, squares in self._each(name, partial(self._piece, name, spec)):
+                lost, norm = lost + error, norm + squares
+                yield encoded
+
+        return formats.joined(pieces(), shape, name), Error.of(lost, norm)
 
     def _piece(self, name: str, spec: Spec, rows: slice) -> tuple[Encoded, float, float]:
         """Those rows encoded, the squared error of that, and the squared norm of the delta."""
@@ -90,9 +94,13 @@ class Encoder:
     def _far(self, name: str) -> Tensor:
         """How many steps do not fit fields of 1, 2, ... 8 bits: int64 [8]."""
 
+        cols = self.vector.tensors[name].shape[-1]
+
         def far(rows: slice) -> Tensor:
-            delta, base, aligned = self._rows(name, rows, lossless=True)
-            return lossless.far(delta, base, aligned, name)
+            start, stop = rows.start * cols, rows.stop * cols
+            base, aligned = self._pair(name, start, stop)
+            delta = self.vector.read(name, start, stop) if aligned is None else None
+            return lossless.far(_view(delta, -1, cols), base.view(-1, cols), _view(aligned, -1, cols), name)
 
         return torch.stack(list(self._each(name, far))).sum(0)
 
@@ -146,13 +154,16 @@ class Encoder:
         tensor's, too. What is read may be the memory of a live model or of the vector."""
         if not lossless:
             return self.vector.read(name, start, stop), None, None
+        base, aligned = self._pair(name, start, stop)
+        if aligned is None:
+            return self.vector.read(name, start, stop), base, None
+        return aligned.to(self.vector.tensors[name].dtype) - base, base, aligned
+
+    def _pair(self, name: str, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        """Values of the base and, where there is one, of the aligned tensor."""
         if self.base is None or self.base.info(name) is None:
             raise AlignvecError(f"lossless stores steps from the base's values, and none is known for {name}: give it")
-        base = self.base.read(name, start, stop)
-        if self.aligned is None:
-            return self.vector.read(name, start, stop), base, None
-        aligned = self.aligned.read(name, start, stop)
-        return aligned.to(self.vector.tensors[name].dtype) - base, base, aligned
+        return self.base.read(name, start, stop), None if self.aligned is None else self.aligned.read(name, start, stop)
 
     def _matrices(self) -> Iterator[Tensor]:
         """Pieces of the deltas that sparse would store, in the dtype that it would store."""

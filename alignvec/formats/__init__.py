@@ -10,7 +10,7 @@ refuse `validate` (of option values) and `check` (of what the parts hold).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from types import ModuleType
 
 import torch
@@ -107,15 +107,25 @@ def decode(encoded: Encoded, base: Tensor | None = None, rows: slice | None = No
     return decoded.reshape(encoded.shape) if rows is None else decoded
 
 
-def joined(pieces: Sequence[Encoded], shape: tuple[int, ...], name: str = "") -> Encoded:
+def joined(pieces: Iterable[Encoded], shape: tuple[int, ...], name: str = "") -> Encoded:
     """A parameter of this shape from stretches of its rows, in their order, all in one format that looks at each row
-    alone: dense, int8, int4, sign, lossless."""
-    if pieces[0].name == "lossless":
-        return lossless.joined(pieces, shape, name)
-    parts = {part: torch.cat([piece.parts[part] for piece in pieces]) for part in pieces[0].parts}
-    if pieces[0].name == "dense":
-        parts = {part: values.view(shape) for part, values in parts.items()}
-    return Encoded(pieces[0].name, shape, pieces[0].options, parts)
+    alone: dense, int8, int4, sign, lossless. A piece may go once the next one is asked for."""
+    rows, row = matrix(shape)[0], 0
+    parts: dict[str, Tensor] = {}
+    side: dict[str, list[Tensor]] = {}  # what lossless lists, of one dimension
+    for piece in pieces:
+        stop = row + matrix(piece.shape)[0]
+        for part, values in piece.parts.items():
+            if values.dim() < 2:
+                side.setdefault(part, []).append(values)
+                continue
+            if part not in parts:
+                parts[part] = values.new_empty(rows, values.shape[1])
+            parts[part][row:stop] = values
+        row, kind, options = stop, piece.name, piece.options
+    if kind == "lossless":
+        parts |= lossless.joined(side, name)
+    return Encoded(kind, shape, options, {"": parts[""].view(shape)} if kind == "dense" else parts)
 
 
 def layout(name: str, shape: tuple[int, ...], options: Mapping[str, Option]) -> Layout:

@@ -10,7 +10,7 @@ bytes each (6 in rows of more than 65536), listed by row and column, and 4 bytes
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -53,8 +53,8 @@ def encode(spec: Spec, delta: Tensor, base: Tensor | None, aligned: Tensor | Non
     return Encoded("lossless", shape, options, {"steps": packed, **side})
 
 
-def far(delta: Tensor, base: Tensor | None, aligned: Tensor | None, name: str) -> Tensor:
-    """How many steps do not fit fields of 1, 2, ... 8 bits: int64 [8]. Arguments and errors are those of `encode`."""
+def far(delta: Tensor | None, base: Tensor | None, aligned: Tensor | None, name: str) -> Tensor:
+    """How many steps do not fit fields of 1, 2, ... 8 bits: int64 [8]. Of `delta` and `aligned` one is enough."""
     return _pair(delta, base, aligned, name).far()
 
 
@@ -71,13 +71,12 @@ def nbytes(far: Tensor, rows: int, cols: int) -> int:
     return rows * bits.row_bytes(cols, width) + aside * int(far[width - 1]) + 4 * (rows + 1)
 
 
-def joined(pieces: Sequence[Encoded], shape: tuple[int, ...], name: str) -> Encoded:
-    """One tensor of pieces that are its rows, in their order, encoded in the same width."""
-    parts = {
-        part: torch.cat([piece.parts[part] for piece in pieces]) for part in ("steps", "side_columns", "side_bits")
+def joined(side: Mapping[str, Sequence[Tensor]], name: str) -> dict[str, Tensor]:
+    """The side table of a tensor from those of its rows, in their order, encoded in the same width."""
+    count = torch.cat([start.diff() for start in side["side_start"]])
+    return {"side_start": _starts(count, name)} | {
+        part: torch.cat(list(side[part])) for part in ("side_columns", "side_bits")
     }
-    count = torch.cat([piece.parts["side_start"].diff() for piece in pieces])
-    return Encoded("lossless", shape, pieces[0].options, parts | {"side_start": _starts(count, name)})
 
 
 def _starts(count: Tensor, name: str) -> Tensor:
@@ -94,8 +93,8 @@ class _Pair:
     A step beyond int16 wraps and stays a large one: from the lowest number to the largest it is less than 2^16 - 256.
     """
 
-    def __init__(self, delta: Tensor, base: Tensor, aligned: Tensor | None, name: str) -> None:
-        self.delta, self.base, self.aligned, self.name = delta, base, aligned, name
+    def __init__(self, delta: Tensor | None, aligned: Tensor | None, base: Tensor, name: str) -> None:
+        self.delta, self.aligned, self.base, self.name = delta, aligned, base, name
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         for block in blocks(*self.base.shape):
@@ -109,6 +108,7 @@ class _Pair:
         return torch.stack([beyond(_reach(step)) for _, _, step in self]).sum(0)
 
     def _sum(self, block: slice) -> Tensor:
+        assert self.delta is not None
         base, delta = self.base[block], self.delta[block]
         aligned = (base.double() + delta.double()).to(base.dtype)
         if not torch.equal(aligned.float() - base.float(), delta.float()):
@@ -119,7 +119,7 @@ class _Pair:
         return aligned.contiguous()
 
 
-def _pair(delta: Tensor, base: Tensor | None, aligned: Tensor | None, name: str) -> _Pair:
+def _pair(delta: Tensor | None, base: Tensor | None, aligned: Tensor | None, name: str) -> _Pair:
     if base is None:
         raise AlignvecError(f"format lossless needs the base's values of {name}")
     for tensor in (base,) if aligned is None else (base, aligned):
@@ -127,8 +127,9 @@ def _pair(delta: Tensor, base: Tensor | None, aligned: Tensor | None, name: str)
             raise AlignvecError(
                 f"{name} is {tensor.dtype}: lossless stores pairs of bfloat16, or of float16, checkpoints"
             )
-    size = matrix(tuple(delta.shape))
-    return _Pair(delta.reshape(size), base.reshape(size), None if aligned is None else aligned.reshape(size), name)
+    size = matrix(tuple(base.shape))
+    delta, aligned = (None if tensor is None else tensor.reshape(size) for tensor in (delta, aligned))
+    return _Pair(delta, aligned, base.reshape(size), name)
 
 
 def _reach(step: Tensor) -> Tensor:
