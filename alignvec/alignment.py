@@ -15,6 +15,7 @@ from alignvec.errors import AlignvecError
 from alignvec.materialised import Buffers, Edited, Materialised
 from alignvec.pickling import NotPickled
 from alignvec.rowcheck import RowCheck
+from alignvec.standing import Reading
 from alignvec.stephooks import StepHooks
 from alignvec.steps import Values
 from alignvec.swaps import Swap, Swaps
@@ -65,18 +66,29 @@ class Alignment(NotPickled):
     @property
     def coefficients(self) -> dict[str, float] | list[dict[str, float]]:
         """What the next step will use: one mix by name, or after `set_rows` a list with one mix per row."""
-        mixes = [dict(zip(self.names, mix, strict=True)) for mix in self._coefficients.mixes]
+        materialised = self._materialised
+        rows = self._coefficients.mixes if materialised is None else [materialised.mix]
+        mixes = [dict(zip(self.names, mix, strict=True)) for mix in rows]
         return mixes[0] if len(mixes) == 1 else mixes
 
     @property
-    def table(self) -> Coefficients | None:
-        """The coefficients that steps read; None while a mix is materialised."""
-        return self._coefficients if self._materialised is None else None
+    def table(self) -> Coefficients:
+        """The coefficients that steps read, as long as no mix is materialised."""
+        return self._coefficients
 
     @property
     def weights(self) -> tuple[float, ...]:
         """The mix that the live weights hold; empty while they are the base's."""
-        return () if self._materialised is None else self._coefficients.mixes[0]
+        materialised = self._materialised
+        return () if materialised is None else materialised.mix
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[Reading]:
+        """What the model computes with, read once, and staying so for the length of a with block: other threads'
+        `materialise`, `restore` and `detach` wait, and `set` and `set_rows` are for later."""
+        with self._coefficients.held():
+            mixes = None if self._materialised is not None else tuple(self._coefficients.mixes)
+            yield Reading(self.weights, mixes)
 
     @property
     def changes(self) -> int:
@@ -94,7 +106,7 @@ class Alignment(NotPickled):
             AlignvecError: unknown name or a coefficient that is not finite; nothing is changed then.
         """
         self._check_live()
-        self._coefficients.write([self._coefficients.mix({**(mix or {}), **coefficients})])
+        self._write([self._mix(mix, coefficients)])
 
     def set_rows(self, mixes: Sequence[Mix]) -> None:
         """Give each row of the batch its own mix; vectors left out of a mix get 0.
@@ -112,7 +124,7 @@ class Alignment(NotPickled):
         self._check_live()
         if isinstance(mixes, Mapping):
             raise AlignvecError("set_rows takes a list with one mix for each row; set() takes one mix for all")
-        self._coefficients.write([self._coefficients.mix(mix) for mix in mixes])
+        self._write([self._coefficients.mix(mix) for mix in mixes])
 
     @contextlib.contextmanager
     def using(self, mix: Mix | None = None, /, **coefficients: float) -> Iterator[Alignment]:
@@ -139,6 +151,7 @@ class Alignment(NotPickled):
         """
         self._check_live()
         with self._coefficients.call(batch):
+            self._check_live()  # once more: it stays so from here on
             yield self
 
     def detach(self) -> None:
@@ -148,20 +161,21 @@ class Alignment(NotPickled):
         ours stays, too, and a warning names it.
 
         Raises:
-            AlignvecError: already detached.
+            AlignvecError: already detached, or a forward pass is under way.
         """
-        if not self._attached:
-            raise AlignvecError("this alignment is already detached; attach the vectors again to use it")
-        if self._materialised is not None:
-            self.restore()
-        if lost := self._swaps.put_originals():
-            warnings.warn(f"{', '.join(lost)} were replaced after attach and stay as they are", stacklevel=2)
-        self._coefficients.suspended = True
-        self._swaps.clear()  # frees the deltas
-        self._buffers.clear()
-        self._hooks.remove()
-        del self.model.alignment
-        self._attached = False
+        with self._coefficients.moving("detach()"):
+            if not self._attached:
+                raise AlignvecError("this alignment is already detached; attach the vectors again to use it")
+            if self._materialised is not None:
+                self._restore(self._materialised)
+            if lost := self._swaps.put_originals():
+                warnings.warn(f"{', '.join(lost)} were replaced after attach and stay as they are", stacklevel=2)
+            self._hooks.remove()
+            del self.model.alignment
+            self._attached = False
+            self._coefficients.suspended = True
+            self._swaps.clear()  # frees the deltas
+            self._buffers.clear()
 
     @property
     def nbytes(self) -> int:
@@ -177,7 +191,7 @@ class Alignment(NotPickled):
         One pass reads the base and the vectors and writes a second buffer, which takes the base's place: the base is
         not touched. Weights are rounded to the model's dtype, as in any merge; the result says what that did to the
         coefficients. A mix that is materialised already is replaced by the new one, in the same buffers. They stay,
-        for the next mix, until `detach`.
+        for the next mix, until `detach`. Forward passes of other threads are waited for.
 
         Args:
             mix, coefficients: as for `set`; without either, the mix that is set.
@@ -190,48 +204,61 @@ class Alignment(NotPickled):
             weights of large models.
 
         Raises:
-            AlignvecError: as `set`; rows have different mixes, weights are offloaded, or `keep` is neither of the two.
+            AlignvecError: as `set`; rows have different mixes, weights are offloaded, `keep` is neither of the two, or
+                a forward pass is under way.
         """
-        self._check_attached()
         if keep not in ("device", "host"):
             raise AlignvecError(f"keep={keep!r} is not one of device, host")
-        wanted = self._coefficients.mix({**(mix or {}), **coefficients}) if mix or coefficients else None
-        if wanted is None and self._coefficients.rows > 1:
-            raise AlignvecError("materialise needs one mix for all rows; call set() with it first")
+        wanted = self._mix(mix, coefficients) if mix or coefficients else None
+        with self._coefficients.moving("materialise()"):
+            self._check_attached()
+            realised = self._materialise(wanted, keep, measure)
+        return dict(zip(self.names, realised, strict=True)) if measure else {}
+
+    def _materialise(self, wanted: Values | None, keep: str, measure: bool) -> list[float]:
+        if wanted is None:
+            mixes = self._coefficients.mixes
+            if len(set(mixes)) > 1:
+                raise AlignvecError("materialise needs one mix for all rows; call set() with it first")
+            wanted = mixes[0]
         self._swaps.require_in_place()
         edited = list(self._edited())
         for module, name, _, _ in edited:
             if module._parameters[name].device.type == "meta":  # type: ignore[union-attr]
                 raise AlignvecError(f"{type(module).__name__}.{name} is offloaded; materialise needs it in memory")
-        if wanted is not None:
-            self._coefficients.write([wanted])
-        if self._materialised is None:
+        materialised = self._materialised
+        if materialised is None:
             self._changes += 1
-            self._materialised = Materialised(self._backend, keep, self._buffers)
+            self._materialised = materialised = Materialised(self._backend, keep, self._buffers)
             self._coefficients.suspended = True
             self._swaps.put_originals()
+        self._coefficients.write([wanted])
         try:
-            realised = self._materialised.write(edited, self._coefficients.mixes[0], measure)
+            return materialised.write(edited, wanted, measure)
         except BaseException:
-            self.restore()
+            self._restore(materialised)
             raise
-        return dict(zip(self.names, realised, strict=True)) if measure else {}
 
     def restore(self) -> None:
-        """Undo `materialise`: the weights come back bit for bit and the vectors apply on the fly again.
+        """Undo `materialise`: the weights come back bit for bit and the vectors apply on the fly again. Forward passes
+        of other threads are waited for.
 
         Raises:
-            AlignvecError: nothing is materialised.
+            AlignvecError: nothing is materialised, or a forward pass is under way.
         """
-        if self._materialised is None:
-            raise AlignvecError("nothing is materialised; restore() undoes materialise()")
+        with self._coefficients.moving("restore()"):
+            if self._materialised is None:
+                raise AlignvecError("nothing is materialised; restore() undoes materialise()")
+            self._restore(self._materialised)
+
+    def _restore(self, materialised: Materialised) -> None:
         self._changes += 1
-        self._materialised.undo()
-        self._materialised = None
+        materialised.undo()
         self._swaps.put_views()
         for swap in self._swaps:
             swap.aligned.edit.settle(swap.aligned)
         self._coefficients.suspended = False
+        self._materialised = None
 
     def decoder(self, **options: Any) -> Decoder:
         """`alignvec.Decoder` of the model: rows that decode side by side, each under its own mix."""
@@ -261,17 +288,30 @@ class Alignment(NotPickled):
     def _try_rows(self, rows: Sequence[Values]) -> None:
         """Find out, once, which modules cannot have different coefficients for the rows; refuse rows that need it."""
         if self._unplaced is None:
-            self._swaps.require_in_place()
-            edits = [swap.aligned.edit for swap in self._swaps]
-            try:
-                self._unplaced = RowCheck(self.model, self._coefficients, edits, self._swaps.run_by_row).run()
-            except AlignvecError as refusal:
-                self._unplaced = refusal
+            with self._coefficients.held():
+                self._check_live()
+                self._swaps.require_in_place()
+                edits = [swap.aligned.edit for swap in self._swaps]
+                try:
+                    self._unplaced = RowCheck(self.model, self._coefficients, edits, self._swaps.run_by_row).run()
+                except AlignvecError as refusal:
+                    self._unplaced = refusal
         if isinstance(self._unplaced, AlignvecError):
             raise self._unplaced
         for edit in self._unplaced:
             if any(len({row[column] for row in rows}) > 1 for column in edit.vectors):
                 edit.refuse_rows()
+
+    def _mix(self, mix: Mix | None, coefficients: Mix) -> Values:
+        """One mix out of what a call was given; keywords count."""
+        if mix is not None and not isinstance(mix, Mapping):
+            return self._coefficients.mix(mix)  # which says what is wrong
+        return self._coefficients.mix({**(mix or {}), **coefficients})
+
+    def _write(self, mixes: Sequence[Values]) -> None:
+        """Stage these rows, unless another thread has materialised a mix, or detached, since that was checked."""
+        while not self._coefficients.write(mixes, live=True):
+            self._check_live()
 
     def _check_attached(self) -> None:
         if not self._attached:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,78 +12,24 @@ import torch
 from torch import Tensor
 
 from alignvec.errors import AlignvecError
+from alignvec.numbers import BEYOND_FLOAT32, float32_number, shown
 from alignvec.pickling import NotPickled
+from alignvec.standing import PATIENCE, Standing
 from alignvec.steps import Place, Step, Values
+from alignvec.table import Table, stream_capturing
 
 # One lock for all tables: it is held for the copy of a few kilobytes, and a plain module global survives deepcopy.
 publish_lock = threading.Lock()
 _steps_ended = threading.Condition(publish_lock)
-PATIENCE = 60.0  # seconds that a decoder waits for another thread's forward pass
-
-
-class Table:
-    """`table` float32 [max_rows, n_vectors] and `rows` int32 [1], on one device, at addresses that never change."""
-
-    def __init__(self, max_rows: int, n_vectors: int, device: torch.device) -> None:
-        # Normal tensors even when the caller is in inference mode: later writes may come from outside it.
-        with torch.inference_mode(False):
-            self.table = torch.zeros(max_rows, n_vectors, dtype=torch.float32, device=device)
-            self.rows = torch.ones(1, dtype=torch.int32, device=device)
-        self._settle()
-
-    def _settle(self) -> None:
-        self._used: torch.cuda.Event | None = None
-        if self.table.device.type == "cuda":
-            # Lets inductor's CUDA graphs read the table in place; a copy per replay would freeze the coefficients.
-            torch._dynamo.mark_static_address(self.table)
-            torch._dynamo.mark_static_address(self.rows)
-            self._used = torch.cuda.Event()
-
-    def __deepcopy__(self, memo: dict[int, object]) -> Table:
-        twin = Table.__new__(Table)  # events cannot be copied; modules refer to these very tensors, so memo decides
-        twin.table, twin.rows = copy.deepcopy(self.table, memo), copy.deepcopy(self.rows, memo)
-        twin._settle()
-        return twin
-
-    def copy_(self, table: torch.Tensor, rows: torch.Tensor | int) -> None:
-        """Take over a table [max_rows, n_vectors], and how many of its rows are in use."""
-        with self._ordered():
-            # From pageable host memory on purpose: the driver takes its own copy of so few bytes before it returns.
-            self.table.copy_(table, non_blocking=True)
-            if isinstance(rows, int):
-                self.rows.fill_(rows)
-            else:
-                self.rows.copy_(rows, non_blocking=True)
-
-    def copy_rows(self, mixes: Sequence[tuple[float, ...]]) -> None:
-        """Write mixes to the first rows, and put those in use."""
-        with self._ordered():
-            self.table[: len(mixes)].copy_(torch.tensor(mixes, dtype=torch.float32, device="cpu"), non_blocking=True)
-            self.rows.fill_(len(mixes))
-
-    def copy_to(self, other: Table) -> None:
-        """Publish into `other`."""
-        with self._ordered():
-            other.copy_(self.table, self.rows)
-
-    @contextlib.contextmanager
-    def _ordered(self) -> Iterator[None]:
-        """On CUDA: after the last use of this table on any stream, and before the next."""
-        if self._used is None or _capturing(self.table.device):
-            yield
-            return
-        stream = torch.cuda.current_stream(self.table.device)
-        stream.wait_event(self._used)
-        yield
-        self._used.record(stream)
 
 
 class _Thread(threading.local):
-    """What differs by thread: its step, and of the call that torch.compile traces how deep in steps it is, its
-    sequences, and the row that is alone."""
+    """What differs by thread: its step, how often it holds or moves the model besides, and of the call that
+    torch.compile traces how deep in steps it is, its sequences, and the row that is alone."""
 
     def __init__(self) -> None:
         self.step: Step | None = None
+        self.holds = 0
         self.traced_depth = 0
         self.traced_batch: int | None = None
         self.traced_row: int | None = None
@@ -124,12 +68,13 @@ class Coefficients(NotPickled):
     def _settle(self) -> None:
         """State of threads, which a copy begins without."""
         self.thread = _Thread()
+        self.standing = Standing()
         self._reading = 0  # open steps that read the live tables
         self.lost: deque[bool] = deque()  # of threads that ended in the middle of one; appended to without the lock
         self._backward: dict[int, list[Step]] = {}  # steps whose gradients are being computed, by autograd's graph task
 
     def __deepcopy__(
-        self, memo: dict[int, Any], leave_out: Sequence[str] = ("thread", "_backward", "lost")
+        self, memo: dict[int, Any], leave_out: Sequence[str] = ("thread", "standing", "_backward", "lost")
     ) -> Coefficients:
         twin: Coefficients = super().__deepcopy__(memo, leave_out)
         twin._settle()
@@ -153,7 +98,7 @@ class Coefficients(NotPickled):
     @property
     def capturing(self) -> bool:
         """Whether a CUDA graph is being captured: its replays will read other coefficients."""
-        return any(_capturing(device) for device in self._live)
+        return any(stream_capturing(device) for device in self._live)
 
     def live(self, device: torch.device) -> Table:
         """The table that captured and compiled steps on `device` read; made on first use."""
@@ -184,22 +129,22 @@ class Coefficients(NotPickled):
 
     def mix(self, values: Mapping[str, float]) -> Values:
         """Values by name as one row of the table; names left out are 0."""
+        if type(values) is not dict and not isinstance(values, Mapping):
+            raise AlignvecError(f"{shown(values)} is no mix: give coefficients by name, as in {{'medical': 0.7}}")
         row = [0.0] * len(self.names)
         for name, value in values.items():
             column = self._column.get(name)
             if column is None:
                 known = ", ".join(self.names)
                 raise AlignvecError(f"no vector named {name!r} is attached; the attached ones are: {known}")
-            try:
-                row[column] = float(value)
-            except (TypeError, ValueError):
-                raise AlignvecError(f"the coefficient of {name!r} must be a number, not {value!r}") from None
-            if not math.isfinite(row[column]):
-                raise AlignvecError(f"the coefficient of {name!r} is {value}; it must be finite")
+            fine = type(value) is float and -BEYOND_FLOAT32 < value < BEYOND_FLOAT32  # as nearly all are
+            row[column] = value if fine else float32_number(value, "the coefficient of", name)
         return tuple(row)
 
-    def write(self, mixes: Sequence[Values]) -> None:
+    def write(self, mixes: Sequence[Values], *, live: bool = False) -> bool:
         """Stage one mix per row; the next step uses them. All devices, no synchronisation.
+
+        live: only where coefficients apply; False comes back, and nothing is staged, while they are suspended.
 
         Raises:
             AlignvecError: no rows, more than `max_rows`, or rows that differ on a model that cannot have them.
@@ -216,22 +161,73 @@ class Coefficients(NotPickled):
             self._prove_rows(rows)
         self.end_abandoned()
         with publish_lock:
+            if live and self.suspended:
+                return False
             self.mixes, self._rows = list(mixes), rows
             self._host.numpy()[: len(rows)] = rows
             self._version += 1
             for device in self._staged:
                 self._stage(device)
+        return True
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """The model stays as it stands for the length of a with block: one mix is not materialised, or restored, in
+        the middle of it."""
+        self.end_abandoned()
+        self.standing.hold(self._inside)
+        self.thread.holds += 1
+        try:
+            yield
+        finally:
+            self.thread.holds -= 1
+            self.standing.release()
+
+    @contextlib.contextmanager
+    def moving(self, what: str) -> Iterator[None]:
+        """No step is under way for the length of a with block. what: the call that this is, for messages.
+
+        Raises:
+            AlignvecError: this thread is inside of a step, or another one does not leave its own.
+        """
+        self.end_abandoned()
+        if self._inside:
+            raise AlignvecError(
+                f"{what} changes the model's weights or modules, and a forward pass or decode step of it is under way "
+                f"in this thread; call {what} after it"
+            )
+        with self.standing.moving(what):
+            self.thread.holds += 1
+            try:
+                yield
+            finally:
+                self.thread.holds -= 1
+
+    @property
+    def _inside(self) -> bool:
+        return self.thread.step is not None or self.thread.holds > 0
 
     def begin(self, batch: int | None) -> Step:
         """A step under what is staged; `end` has to follow. While a CUDA graph is captured staged is copied to live in
-        any case: a replay then begins with what is staged at that time.
+        any case: a replay then begins with what is staged at that time. While coefficients are suspended it is one of
+        the base, and holds the weights that there are.
 
         Raises:
             AlignvecError: a batch that the rows do not divide; a layer that is computed again in a backward pass when
                 the mix of its forward pass is not known.
         """
-        if torch.is_grad_enabled() and (recomputed := self._recomputed()) is not None:
+        if torch.is_grad_enabled() and not self.suspended and (recomputed := self._recomputed()) is not None:
             return recomputed
+        self.standing.hold(self._inside)
+        try:
+            if self.suspended:
+                return Step(self, [(0.0,) * len(self.names)], batch, held=True)
+            return self._published_step(batch)
+        except BaseException:
+            self.standing.release()
+            raise
+
+    def _published_step(self, batch: int | None) -> Step:
         with publish_lock:
             if batch is not None and batch % len(self.mixes):
                 raise AlignvecError(
@@ -243,15 +239,15 @@ class Coefficients(NotPickled):
             live = capturing or current or not self._busy()
             if live:
                 for device, table in self._live.items():
-                    if _capturing(device) or self._published[device] != self._version:
+                    if stream_capturing(device) or self._published[device] != self._version:
                         self._staged[device].copy_to(table)
                         self._published[device] = self._version
                 self._reading += 1
             own = torch.is_grad_enabled() and not capturing  # the backward pass may come after other writes
-            return Step(self, self._rows, batch, self.devices if live and not own else (), counted=live)
+            return Step(self, self._rows, batch, self.devices if live and not own else (), counted=live, held=True)
 
     def end(self, step: Step) -> None:
-        """Let go of the live tables."""
+        """Let go of the live tables and of the model."""
         if self.thread.step is step:
             self.thread.step = None
         step.closed()
@@ -260,6 +256,9 @@ class Coefficients(NotPickled):
                 step.counted = False
                 self._reading -= 1
                 _steps_ended.notify_all()
+        if step.held:
+            step.held = False
+            self.standing.release()
 
     def enter(self, step: Step | None) -> None:
         """Let this thread be in that step."""
@@ -279,9 +278,6 @@ class Coefficients(NotPickled):
     def call(self, batch: int | None) -> Iterator[Step]:
         """A step for the call of one edited module outside of any other step."""
         step = self.begin(batch)
-        if self.suspended:
-            self.end(step)
-            step = Step(self, [(0.0,) * len(self.names)], batch)
         self.thread.step = step
         try:
             yield step
@@ -310,6 +306,19 @@ class Coefficients(NotPickled):
         self.end_abandoned()
         if self.step is not None:
             raise AlignvecError("a forward pass of this model is under way, inside of which it cannot be decoded")
+        self.standing.hold(self._inside)
+        try:
+            step = self._lent_step(rows, batch)
+        except BaseException:
+            self.standing.release()
+            raise
+        self.thread.step = step
+        try:
+            yield
+        finally:
+            self.end(step)
+
+    def _lent_step(self, rows: tuple[Values, ...], batch: int) -> Step:
         with _steps_ended:
             if not _steps_ended.wait_for(lambda: not self._busy(), PATIENCE):
                 raise AlignvecError(
@@ -320,12 +329,7 @@ class Coefficients(NotPickled):
             for device, live in self._live.items():  # each time: a compiled or captured step may have published since
                 live.copy_rows(rows)
                 self._published[device] = rows
-        step = Step(self, rows, batch, self.devices, counted=True)
-        self.thread.step = step
-        try:
-            yield
-        finally:
-            self.end(step)
+        return Step(self, rows, batch, self.devices, counted=True, held=True)
 
     def began_backward(self, step: Step) -> None:
         """Gradients of a step are being computed, in this thread's graph task of autograd."""
@@ -373,15 +377,14 @@ class Coefficients(NotPickled):
     def traced(self, device: torch.device) -> Place:
         """The table that a compiled graph reads: the live one, or that of a step that has one of its own."""
         step, row = self.thread.step, self.thread.traced_row
-        live = self.live(device)
-        table, rows = (live.table, live.rows) if step is None or step.reads_live else step.places[device]
+        if step is None or step.reads_live or self.suspended:
+            live = self.live(device)
+            table, rows = live.table, live.rows
+        else:
+            table, rows = step.places[device]
         return (table, rows) if row is None else (table[row : row + 1], self.one(device))
 
 
 def _distinct(mixes: Sequence[Values]) -> tuple[Values, ...]:
     """The mixes, or one where all are alike."""
     return tuple(mixes[:1] if all(mix == mixes[0] for mix in mixes) else mixes)
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

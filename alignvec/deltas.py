@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Self
 
 import torch
@@ -18,6 +18,7 @@ from alignvec import formats
 from alignvec.checkpoint import Checkpoint, TensorInfo
 from alignvec.errors import AlignvecError
 from alignvec.formats import Encoded
+from alignvec.integrity import Checksums, VerifiedCheckpoint, meaning
 from alignvec.sources import Source
 
 STEP = 1 << 20  # values a pass looks at in one go
@@ -166,12 +167,17 @@ class Stored(_Leaf):
     """Deltas that stay in their files: everything but the values is checked now, values when they are read."""
 
     def __init__(
-        self, checkpoint: Checkpoint, headers: Mapping[str, Encoded] | None = None, base: BaseValues | None = None
+        self,
+        checkpoint: Checkpoint,
+        headers: Mapping[str, Encoded] | None = None,
+        base: BaseValues | None = None,
+        checksums: Checksums | None = None,
     ) -> None:
-        """`headers`: which format each tensor has; without, all are dense."""
+        """`headers`: which format each tensor has; without, all are dense. `checksums`: what reading compares with."""
         if headers is None:
             headers = {name: dense_header(info.shape) for name, info in checkpoint.tensors.items()}
-        self.checkpoint, self.base = checkpoint, base
+        self.base = base
+        self.checkpoint: Checkpoint | VerifiedCheckpoint = checkpoint
         self._parts = {name: self._find(name, header) for name, header in headers.items()}
         claimed = [info for parts in self._parts.values() for info in parts]
         if unknown := sorted(checkpoint.tensors.keys() - {key(name, p) for name in headers for p in self._parts[name]}):
@@ -183,7 +189,18 @@ class Stored(_Leaf):
             for name, header in headers.items()
         }
         self._describe(dict(headers), dtypes)
+        if checksums is not None:
+            self.checkpoint = VerifiedCheckpoint(checkpoint, dict(self._expected(checksums)))
         self._last: tuple[str, Encoded] | None = None  # formats that need all of a tensor are read once, not per piece
+
+    def _expected(self, checksums: Checksums) -> Iterator[tuple[str, tuple[int, str]]]:
+        """What VerifiedCheckpoint takes: the seed and the digits of every stored part."""
+        for name, parts in self._parts.items():
+            if name not in checksums or checksums[name].keys() != parts.keys():
+                raise AlignvecError(f"delta {name} does not have a checksum for each of its parts: it is malformed")
+            for part, info in parts.items():
+                seed = meaning(name, self.headers[name], part, info.dtype, info.shape)
+                yield key(name, part), (seed, checksums[name][part])
 
     def _find(self, name: str, header: Encoded) -> dict[str, TensorInfo]:
         if header.name != "dense" and (len(header.shape) < 2 or not math.prod(header.shape)):
@@ -232,6 +249,11 @@ class Stored(_Leaf):
 
     def layout(self, name: str) -> dict[str, TensorInfo]:
         return dict(self._parts[name])
+
+    @property
+    def verified(self) -> bool:
+        """Whether what is read is compared with checksums."""
+        return isinstance(self.checkpoint, VerifiedCheckpoint)
 
     def _rows(self, name: str, first: int, last: int) -> tuple[Encoded, slice | None]:
         header = self.headers[name]

@@ -14,6 +14,7 @@ from alignvec.checkpoint import read_json
 from alignvec.errors import AlignvecError
 from alignvec.fingerprint import BaseIdentity
 from alignvec.formats import Encoded
+from alignvec.integrity import SEAL, Checksums, recorded, sealed
 from alignvec.writer import write_json
 
 STEM = "alignment_vector"  # alignment_vector.safetensors (or its shards and index) and alignment_vector.json
@@ -55,13 +56,15 @@ class Error:
 
 @dataclass(frozen=True)
 class Description:
-    """The file, read. ``headers``: format, options and shape by name, without parts."""
+    """The file, read. ``headers``: format, options and shape by name, without parts. ``checksums``: of what is stored,
+    None where there are none, or none were asked for."""
 
     headers: dict[str, Encoded]
     format: str
     base: BaseIdentity | None
     source: dict[str, Any]
     errors: dict[str, Error]
+    checksums: Checksums | None = None
 
 
 def describe(
@@ -71,8 +74,9 @@ def describe(
     format: str,
     source: Mapping[str, Any],
     errors: Mapping[str, Error],
+    checksums: Checksums,
 ) -> None:
-    """Write ``alignment_vector.json`` into ``folder``."""
+    """Write ``alignment_vector.json`` into ``folder``. ``checksums``: of every tensor, as it was written."""
     try:
         version = metadata.version("alignvec")
     except metadata.PackageNotFoundError:
@@ -80,6 +84,7 @@ def describe(
     tensors = {
         name: {"shape": list(header.shape), "format": header.name, "options": dict(header.options)}
         | ({"error": errors[name].to_json()} if name in errors else {})
+        | {SEAL: dict(checksums[name])}
         for name, header in headers.items()
     }
     data = {
@@ -90,15 +95,16 @@ def describe(
         "tensors": tensors,
         "base": None if base is None else base.to_json(),
     }
-    write_json(folder / f"{STEM}.json", data)
+    write_json(folder / f"{STEM}.json", sealed(data))
 
 
-def read_description(file: Path) -> Description:
-    """What ``describe`` wrote, or schema 1; AlignvecError for anything else."""
+def read_description(file: Path, *, verify: bool = True) -> Description:
+    """What ``describe`` wrote, or schema 1; AlignvecError for anything else. ``verify``: compare its checksum."""
     data = read_json(file)
     schema = data.get("schema")
     if schema not in (1, SCHEMA):
         raise AlignvecError(f"{file} has schema {schema!r}, this version reads 1 and {SCHEMA}: update alignvec")
+    checksums = recorded(file, data) if verify else None
     for key, kind in (("format", str), ("source", dict), ("tensors", dict)):
         if not isinstance(data.get(key), kind):
             raise AlignvecError(f"{file}: {key!r} is missing or malformed")
@@ -121,7 +127,7 @@ def read_description(file: Path) -> Description:
         base = None if data.get("base") is None else BaseIdentity.from_json(data["base"])
     except AlignvecError as error:
         raise AlignvecError(f"{file}: {error}") from None
-    return Description(headers, data["format"], base, data["source"], errors)
+    return Description(headers, data["format"], base, data["source"], errors, checksums)
 
 
 def _header(entry: dict[str, Any]) -> Encoded:

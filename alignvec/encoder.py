@@ -165,12 +165,15 @@ class Encoder:
             raise AlignvecError(f"lossless stores steps from the base's values, and none is known for {name}: give it")
         return self.base.read(name, start, stop), None if self.aligned is None else self.aligned.read(name, start, stop)
 
-    def _matrices(self) -> Iterator[Tensor]:
-        """Pieces of the deltas that sparse would store, in the dtype that it would store."""
+    def _matrices(self) -> Iterator[Callable[[], Tensor]]:
+        """What reads pieces of the deltas that sparse would store, in the dtype that it would store."""
         for name, info in self.vector.tensors.items():
             if len(info.shape) > 1:
-                for piece in self.vector.chunks(name):
-                    yield piece.to(self.kept[name])
+                for start in range(0, info.numel, STEP):
+                    yield partial(self._values, name, start, min(start + STEP, info.numel))
+
+    def _values(self, name: str, start: int, stop: int) -> Tensor:
+        return self.vector.read(name, start, stop).to(self.kept[name])
 
     def _is_matrix(self, name: str) -> bool:
         info = self.vector.tensors[name]

@@ -43,7 +43,8 @@ def write_encoded(
             if error is not None:
                 errors[name] = error
         spool.close()
-    describe(folder, headers, vector.base, vector.format if format is None else format, vector.source, errors)
+    asked = vector.format if format is None else format
+    describe(folder, headers, vector.base, asked, vector.source, errors, spool.checksums)
 
 
 def encoded_in_memory(

@@ -77,8 +77,10 @@ def extract(
             vector = _survey(left, right, plan, format, source, progress)
             return encoded_in_memory(vector, format, _kept(plan), aligned=right, progress=progress)
         memory = MemoryWriter()
-        identity, tally, errors = stream(left, right, plan, memory, progress)
-        return AlignmentVector(memory.tensors, identity, format=format, source=source | tally, errors=errors)
+        made = stream(left, right, plan, memory, progress)
+        return AlignmentVector(
+            memory.tensors, made.identity, format=format, source=source | made.losses, errors=made.errors
+        )
     inputs = [side.checkpoint.path for side in (left, right) if isinstance(side, StoredSource)]
     with output_folder(output, overwrite=overwrite, inputs=inputs) as folder:
         if format != "dense":
@@ -86,10 +88,10 @@ def extract(
             write_encoded(folder, vector, format, _kept(plan), max_shard_size, aligned=right, progress=progress)
         else:
             with ShardWriter(folder, STEM, plan.stored, max_shard_size) as writer:
-                identity, tally, errors = stream(left, right, plan, writer, progress)
+                made = stream(left, right, plan, writer, progress)
                 writer.close()
             headers = {name: dense_header(plan.stored[name].shape) for name in writer.written}
-            describe(folder, headers, identity, format, source | tally, errors)
+            describe(folder, headers, made.identity, format, source | made.losses, made.errors, made.checksums)
     loaded = AlignmentVector.load(output)
     return loaded.with_base(left, verify=False) if loaded.needs_base else loaded
 
@@ -106,9 +108,9 @@ def _survey(
     wide = {name: TensorInfo(exact.tensors[name].dtype, info.shape) for name, info in plan.stored.items()}
     survey = Survey()
     bits = format.startswith("lossless")
-    identity, _, _ = stream(left, right, dataclasses.replace(plan, stored=wide, bits=bits), survey, progress)
+    made = stream(left, right, dataclasses.replace(plan, stored=wide, bits=bits), survey, progress)
     order = [name for name in left.tensors if name in survey.found]
-    return AlignmentVector(Difference(left, right, order), identity, source=source)
+    return AlignmentVector(Difference(left, right, order), made.identity, source=source)
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:

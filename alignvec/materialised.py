@@ -23,15 +23,17 @@ Buffers = dict[nn.Parameter, Tensor]
 
 
 class Materialised:
-    """The parameters that hold a mix, and their base: beside it on the device, or in host memory."""
+    """The parameters that hold `mix`, and their base: beside it on the device, or in host memory."""
 
     def __init__(self, backend: str, keep: str, buffers: Buffers) -> None:
+        self.mix: tuple[float, ...] = ()
         self.backend, self.keep, self.buffers = backend, keep, buffers
         self.bases: dict[nn.Parameter, tuple[Tensor, Deltas]] = {}
         self._versions: dict[nn.Parameter, int] = {}
 
     def write(self, edited: Sequence[Edited], mix: tuple[float, ...], measure: bool = True) -> list[float]:
         """Write `mix` over what the parameters hold; the realised coefficients by column, where they are measured."""
+        self.mix = mix
         parameters = [module._parameters[name] for module, name, _, _ in edited]
         step = -(-sum(p.numel() for p in parameters if p is not None) // SAMPLE)
         realised = RealisedCoefficients(len(mix))

@@ -10,6 +10,7 @@ from alignvec.checkpoint import Checkpoint, TensorInfo
 from alignvec.deltas import key
 from alignvec.description import STEM
 from alignvec.formats import Encoded
+from alignvec.integrity import checksums_of
 from alignvec.writer import ShardWriter, parse_size
 
 STEP = 1 << 22  # bytes copied at a time
@@ -27,6 +28,7 @@ class Spool:
         self._path = folder / f"{STEM}.parts"
         self._file = self._path.open("wb")
         self._parts: dict[str, TensorInfo] = {}
+        self.checksums: dict[str, dict[str, str]] = {}  # of what was given, by tensor and part
 
     def __enter__(self) -> Spool:
         return self
@@ -35,8 +37,9 @@ class Spool:
         self._file.close()
 
     def write(self, name: str, encoded: Encoded) -> None:
-        for part, values in encoded.parts.items():
-            values = values.detach().cpu().contiguous()
+        parts = {part: values.detach().cpu().contiguous() for part, values in encoded.parts.items()}
+        self.checksums[name] = checksums_of(name, Encoded(encoded.name, encoded.shape, encoded.options, parts))
+        for part, values in parts.items():
             offset = self._file.tell()
             self._file.write(memoryview(values.view(-1).view(torch.uint8).numpy().data) if values.numel() else b"")
             self._parts[key(name, part)] = TensorInfo(values.dtype, tuple(values.shape), self._path, offset)

@@ -66,9 +66,9 @@ class StepHooks:
 
     def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         coefficients = self._coefficients
-        if not self._swaps.standing:  # a mix is materialised
-            return
         if traced():
+            if not self._swaps.standing:  # a mix is materialised
+                return
             if coefficients.thread.traced_depth == 0:
                 if coefficients.step is None:
                     publish_traced(coefficients)
@@ -84,11 +84,16 @@ class StepHooks:
             coefficients.end(step)
             step = None
         if step is None:
-            self._swaps.require_in_place()
             step = coefficients.begin(_batch(args, kwargs))
+            if self._swaps.standing:  # else a mix is materialised, which stays so for the length of the step
+                try:
+                    self._swaps.require_in_place()
+                except BaseException:
+                    coefficients.end(step)
+                    raise
             step.opened_by(module, _caller())
             coefficients.enter(step)
-            if not step.reads_live:
+            if not step.reads_live and self._swaps.standing:
                 for device in coefficients.devices:  # for graphs that were compiled of parts
                     step.on(device)
         elif step.opener is module:
@@ -112,8 +117,9 @@ class StepHooks:
         step.depth -= 1
         if step.depth:
             return
+        recorded = torch.is_grad_enabled() and self._swaps.standing
         coefficients.end(step)
-        if torch.is_grad_enabled():
+        if recorded:
             for tensor in named_tensors(output).values():
                 if tensor.requires_grad:
                     tensor.register_hook(functools.partial(_backward, coefficients, step))

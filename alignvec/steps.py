@@ -37,15 +37,18 @@ class Step:
         batch: int | None,
         live: Sequence[torch.device] = (),
         counted: bool = False,
+        held: bool = False,
     ) -> None:
         """live: devices whose live tables hold these mixes for as long as the step lasts; on others it makes its own.
-        counted: the step is one of those that keep the live tables from being written.
+        counted: the step is one of those that keep the live tables from being written. held: it is one of those that
+        keep the model as it stands.
         """
         self.coefficients = coefficients
         self.mixes = tuple(mixes)
         self.rows = len(self.mixes)
         self.batch = batch
         self.counted = counted
+        self.held = held
         self.given: dict[int, dict[str, Tensor]] = {}
         self.calls: list[Any] | None = None
         self.depth = 0
@@ -109,6 +112,8 @@ class Step:
     def __del__(self) -> None:
         if self.counted:  # its thread has ended in the middle of it
             self.coefficients.lost.append(True)
+        if self.held:
+            self.coefficients.standing.lost.append(True)
 
     def abandoned(self) -> bool:
         """Whether the call that opened the step is over: it was interrupted, and nothing closed the step."""

@@ -4,40 +4,51 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from alignvec.deltas import require_finite
+from alignvec.deltas import dense_header, require_finite
 from alignvec.description import Error
 from alignvec.difference import Tally, difference, same_bytes
 from alignvec.errors import AlignvecError
 from alignvec.fingerprint import BaseIdentity, Checksum, TensorIdentity, dtype_name, identifying
+from alignvec.integrity import checksum_of, meaning
 from alignvec.pairing import Plan, require_equal
 from alignvec.progress import bytes_bar
 from alignvec.sources import SLOTS, Source, in_order
 from alignvec.sums import Sums, both_sums
 from alignvec.writer import ShardWriter
 
-CHUNK = 1 << 20  # values read at a time from each side
+CHUNK = 1 << 20  # values read at a time from each side: whole blocks of a stored delta's checksum
+
+
+class Streamed(NamedTuple):
+    """What a pass gathers beside the deltas."""
+
+    identity: BaseIdentity
+    losses: dict[str, Any]  # what the rounding of the whole lost
+    errors: dict[str, Error]  # and that of each tensor
+    checksums: dict[str, dict[str, str]]  # of the deltas as a vector's files hold them, for a ShardWriter alone
 
 
 def stream(
     left: Source, right: Source, plan: Plan, writer: ShardWriter | MemoryWriter | Survey, progress: bool
-) -> tuple[BaseIdentity, dict[str, Any], dict[str, Error]]:
-    """One pass over both sides: write the deltas that are not zero; return the base's identity, what the rounding of
-    the whole lost, and of each tensor."""
+) -> Streamed:
+    """One pass over both sides: write the deltas that are not zero."""
     names = [*plan.stored, *plan.integers]
     total = sum(left.tensors[name].nbytes for name in names)
     tally, differing, kept = Tally(), [], 0
     identities: dict[str, TensorIdentity] = {}
     errors: dict[str, Error] = {}
+    checksums: dict[str, dict[str, str]] = {}
+    seeds = _seeds(plan) if isinstance(writer, ShardWriter) else {}
     with (
         bytes_bar("extracting", total, shown=progress) as advance,
-        contextlib.closing(in_order(_jobs(left, right, plan))) as results,
+        contextlib.closing(in_order(_jobs(left, right, plan, seeds))) as results,
     ):
         for name in names:
             info = left.tensors[name]
@@ -48,6 +59,7 @@ def stream(
                 continue
             checksum, narrow, own = Checksum(), Checksum(), Tally()
             writer.begin(name, plan.stored[name].dtype, info.shape)
+            digits: list[str] = []
             zeros, found = 0, False  # zeros that come before the first change are not written until there is one
             for piece in _shown(pieces, advance):
                 assert piece.sums is not None
@@ -63,14 +75,18 @@ def stream(
                 if not (part.square and math.isfinite(part.square + part.error)):  # those take in every value
                     require_finite(name, delta)
                 for start in range(0, zeros, CHUNK):
-                    writer.write(torch.zeros(min(CHUNK, zeros - start), dtype=delta.dtype))
+                    still = torch.zeros(min(CHUNK, zeros - start), dtype=delta.dtype)
+                    writer.write(still)
+                    digits.append(_checksum(still, seeds.get(name)))
                 writer.write(delta)
+                digits.append(piece.digits or _checksum(delta, seeds.get(name)))
                 own.add(part)
                 zeros, found = 0, True
             tally.add(own)
             if found:
                 writer.end()
                 errors[name] = Error.of(own.error, own.square) if own.square else Error(0.0)
+                checksums[name] = {"": "".join(digits)}
             else:
                 writer.roll_back()
             kept += found
@@ -88,7 +104,7 @@ def stream(
     order = [name for name in left.tensors if name in identities]
     identity = BaseIdentity(identifying(left.config), {name: identities[name] for name in order})
     relative = math.sqrt(tally.error / tally.square) if tally.square else 0.0
-    return identity, {"inexact_values": tally.inexact, "rounding_error": relative}, errors
+    return Streamed(identity, {"inexact_values": tally.inexact, "rounding_error": relative}, errors, checksums)
 
 
 class _Piece(NamedTuple):
@@ -97,6 +113,20 @@ class _Piece(NamedTuple):
     base: Tensor
     sums: tuple[Sums, Sums] | None  # for the base's two checksums, of floating tensors
     difference: tuple[Tensor, Tally] | None  # None where nothing differs
+    digits: str = ""  # of the difference's checksum, where one is kept
+
+
+def _seeds(plan: Plan) -> dict[str, int]:
+    """What begins the checksum of each delta that may be stored."""
+    return {
+        name: meaning(name, dense_header(info.shape), "", info.dtype, info.shape)
+        for name, info in plan.stored.items()
+        if name not in plan.left_out
+    }
+
+
+def _checksum(delta: Tensor, seed: int | None) -> str:
+    return "" if seed is None else checksum_of(delta, seed)
 
 
 def _shown(pieces: Iterator[_Piece], advance: Callable[[int], None]) -> Iterator[_Piece]:
@@ -105,8 +135,10 @@ def _shown(pieces: Iterator[_Piece], advance: Callable[[int], None]) -> Iterator
         advance(piece.base.nbytes)
 
 
-def _jobs(left: Source, right: Source, plan: Plan) -> Iterator[Callable[[int], _Piece]]:
-    """Jobs that read a piece of both sides into the slot's buffers and subtract."""
+def _jobs(left: Source, right: Source, plan: Plan, seeds: Mapping[str, int]) -> Iterator[Callable[[int], _Piece]]:
+    """Jobs that read a piece of both sides into the slot's buffers, subtract, and hash the difference.
+
+    ``seeds``: of the deltas whose checksums are kept."""
     names = [*plan.stored, *plan.integers]
     kinds = [side[name].dtype for side in (left.tensors, right.tensors, plan.stored) for name in names if name in side]
     width = max((kind.itemsize for kind in kinds), default=1)
@@ -121,7 +153,7 @@ def _jobs(left: Source, right: Source, plan: Plan) -> Iterator[Callable[[int], _
             result = difference(mine, theirs, plan.stored[name].dtype, buffers[slot][2])
             if result is None and plan.bits and not (mine.dtype == theirs.dtype and same_bytes(mine, theirs)):
                 result = torch.zeros(mine.numel(), dtype=plan.stored[name].dtype), Tally()
-            return _Piece(mine, sums, result)
+            return _Piece(mine, sums, result, "" if result is None else _checksum(result[0], seeds.get(name)))
         return _Piece(mine, sums, None if torch.equal(mine, theirs) else (theirs, Tally()))
 
     for name in names:

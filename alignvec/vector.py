@@ -19,6 +19,7 @@ from alignvec.description import STEM, Error, describe, known_format, read_descr
 from alignvec.errors import AlignvecError
 from alignvec.fingerprint import BaseIdentity, summary
 from alignvec.formats import Encoded, Spec
+from alignvec.integrity import checksum_of, meaning
 from alignvec.selection import Patterns, as_patterns, selected
 from alignvec.sources import LiveSource, Source, StoredSource, open_source
 from alignvec.writer import ShardWriter, output_folder
@@ -105,6 +106,11 @@ class AlignmentVector:
         """A delta as it is stored, all of its parts read and checked."""
         self._require(name)
         return self._deltas.encoded(name)
+
+    @property
+    def verified(self) -> bool:
+        """Whether the values come from files and are compared with the checksums there as they are read."""
+        return isinstance(self._deltas, Stored) and self._deltas.verified
 
     @property
     def needs_base(self) -> bool:
@@ -264,24 +270,30 @@ class AlignmentVector:
         parts = [(name, part, info) for name in self for part, info in self._deltas.layout(name).items()]
         parts.sort(key=lambda entry: -entry[2].dtype.itemsize)
         expected = {key(name, part): info for name, part, info in parts}
+        checksums: dict[str, dict[str, str]] = {name: {} for name in self}
         with (
             output_folder(path, overwrite=overwrite) as folder,
             ShardWriter(folder, STEM, expected, max_shard_size) as w,
         ):
             for name, part, info in parts:
                 w.begin(key(name, part), info.dtype, info.shape)
-                if headers[name].name == "dense":
-                    for piece in self.chunks(name):
-                        w.write(piece)
-                else:
-                    w.write(self.encoded(name).parts[part].cpu())
+                seed, digits = meaning(name, headers[name], part, info.dtype, info.shape), ""
+                dense = headers[name].name == "dense"
+                for piece in self.chunks(name) if dense else [self.encoded(name).parts[part].cpu()]:
+                    digits += checksum_of(piece, seed)
+                    w.write(piece)
+                checksums[name][part] = digits
                 w.end()
             w.close()
-            describe(folder, headers, self.base, self.format, self.source, self.errors)
+            describe(folder, headers, self.base, self.format, self.source, self.errors, checksums)
 
     @classmethod
-    def load(cls, path: str | Path) -> AlignmentVector:
+    def load(cls, path: str | Path, *, verify: bool = True) -> AlignmentVector:
         """Open a saved vector: everything but the values is checked now, values are read and checked when used.
+
+        What is read is compared with the checksums that were written with it, unless ``verify`` is False: the
+        description now, values by the first read that needs them. A vector of a version that wrote no checksums is
+        read without; ``verified`` says which it is.
 
         Raises AlignvecError for a folder that is missing, incomplete, corrupted or of a later schema.
         """
@@ -289,9 +301,9 @@ class AlignmentVector:
         file = folder / f"{STEM}.json"
         if not file.is_file():
             raise AlignvecError(f"{folder} is no alignment vector: it holds no {file.name}{_instead(folder)}")
-        checkpoint, description = Checkpoint.open(folder, stem=STEM), read_description(file)
+        checkpoint, description = Checkpoint.open(folder, stem=STEM), read_description(file, verify=verify)
         try:
-            deltas = Stored(checkpoint, description.headers)
+            deltas = Stored(checkpoint, description.headers, checksums=description.checksums)
             return cls(
                 deltas,
                 description.base,
@@ -363,6 +375,6 @@ def _live_names(model: nn.Module, names: tuple[str, ...]) -> dict[str, str]:
     return {name: found for name in names if (found := resolve(model, live, name)) is not None}
 
 
-def load(path: str | Path) -> AlignmentVector:
+def load(path: str | Path, *, verify: bool = True) -> AlignmentVector:
     """Open a saved vector; see ``AlignmentVector.load``."""
-    return AlignmentVector.load(path)
+    return AlignmentVector.load(path, verify=verify)

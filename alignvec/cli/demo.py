@@ -29,6 +29,7 @@ def demo(
     import transformers
 
     import alignvec
+    from alignvec.loading import load_model, load_tokenizer
     from alignvec.recipes import model_path
     from alignvec.recipes.dataset import DOMAINS, make_rows
 
@@ -40,8 +41,7 @@ def demo(
     for domain in DOMAINS:
         vectors[domain] = alignvec.extract(model_path("base"), model_path(domain))
         console.print(f"{domain}: {len(vectors[domain])} tensors, norm {vectors[domain].norm():.3f}")
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model_path("base"))
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(model_path("base"), dtype=torch.float32).eval()
+    tokenizer, model = load_tokenizer(model_path("base")), load_model(model_path("base"), dtype=torch.float32).eval()
     alignment = alignvec.attach(model, vectors)
     rows = {domain: make_rows(domain, "test")[:queries] for domain in DOMAINS}
     console.print(f"attached to a {type(model).__name__} of {model.num_parameters():,} parameters: {alignment}")

@@ -33,8 +33,7 @@ def distil(
 
     Example: alignvec distil base/ medical-av medical-sign texts.jsonl medical-sign-distilled
     """
-    from transformers import AutoTokenizer
-
+    from alignvec.loading import load_tokenizer
     from alignvec.sources import local_path
     from alignvec.train import distil as train_scales
     from alignvec.writer import output_folder
@@ -56,7 +55,7 @@ def distil(
                 model,
                 target,
                 vector,
-                AutoTokenizer.from_pretrained(model),
+                load_tokenizer(model),
                 calibration,
                 steps=steps,
                 batch_size=batch_size,

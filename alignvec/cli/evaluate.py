@@ -68,10 +68,9 @@ def evaluate(
 
     Example: alignvec evaluate base/ questions.jsonl -v medical=medical-av --sweep medical --plot medical.png
     """
-    import transformers
-
     import alignvec
     from alignvec.evaluate import Scorer
+    from alignvec.loading import load_model, load_tokenizer
     from alignvec.pictures import require_picture
     from alignvec.search.lattice import lattice
 
@@ -93,8 +92,7 @@ def evaluate(
     chosen_judge = None if judge is None else _judge(judge, judge_model, asked, output)
     folder, device = model_folder(base), device_or_default(device)
 
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
-    net: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    tokenizer, net = load_tokenizer(folder), load_model(folder, dtype=dtype)
     net.to(device).eval()
     attached = alignvec.attach(net, folders, transfer=transfer) if folders else net
     scorer = Scorer(attached, tokenizer, asked)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -33,16 +33,15 @@ def generate(
     Example: alignvec generate base/ "What is metformin?" -v medical=medical-av -m medical=-1 -m medical=1
     """
     import torch
-    import transformers
 
     import alignvec
+    from alignvec.loading import load_model, load_tokenizer
 
     if max_new_tokens < 1 or temperature < 0:
         raise AlignvecError("--max-new-tokens must be at least 1 and --temperature at least 0")
     requested = [mix("--mix", [text]) for text in mixes or []] or [{}]
     folder, device = model_folder(model), device_or_default(device)
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
-    net: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    tokenizer, net = load_tokenizer(folder), load_model(folder, dtype=dtype)
     net.to(device).eval()
     alignment = alignvec.attach(net, vectors(vector), transfer=transfer)
     alignment.set_rows(requested)

@@ -42,6 +42,8 @@ def inspect(
         dense = sum(dense_bytes(vector, each) for each in vector)
         lost = "error not measured" if error is None else f"error {_error(error)}, SNR {_snr(error)}"
         console.print(f"{size(vector.nbytes)} of {size(dense)} dense ({vector.nbytes / max(dense, 1):.1%}); {lost}")
+        if not vector.verified:
+            console.print("no checksums: an early version wrote it; alignvec convert writes it anew, with them")
         if vector.needs_base:
             console.print("lossless deltas are steps from the base's values: --base shows where they act")
     if len(opened) > 1:

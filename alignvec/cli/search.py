@@ -116,13 +116,11 @@ def _evaluator(
     base: Path, vector: list[str], questions: list[Question], device: str, dtype: str, transfer: bool
 ) -> Any:
     """Rates of mixes on the model; it is loaded now, so that a vector that does not fit is refused at once."""
-    import transformers
-
     import alignvec
     from alignvec.evaluate import Scorer
+    from alignvec.loading import load_model, load_tokenizer
 
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(base)
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    tokenizer, model = load_tokenizer(base), load_model(base, dtype=dtype)
     model.to(device).eval()
     scorer = Scorer(alignvec.attach(model, vectors(vector), transfer=transfer), tokenizer, questions)
     return lambda mixes: scorer(mixes).rates()

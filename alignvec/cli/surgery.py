@@ -40,6 +40,7 @@ def ties(
     vector: Given,
     density: Density = 0.2,
     disjoint: Annotated[str | None, typer.Option(help="mean or sum; default: mean, with --parts sum.")] = None,
+    trim: Annotated[str, typer.Option(help="What the density is a share of: each vector, or each tensor.")] = "vector",
     parts: Annotated[
         bool, typer.Option("--parts", help="Keep the vectors apart: each trimmed, lost signs out.")
     ] = False,
@@ -58,9 +59,9 @@ def ties(
     given = _opened(vector, base)
     storage = _storage(output, format, dtype, device, overwrite)
     if parts:
-        _report(output, surgery.ties_parts(given, density, disjoint=disjoint or "sum", **storage))
+        _report(output, surgery.ties_parts(given, density, disjoint=disjoint or "sum", trim=trim, **storage))
     else:
-        _report(output, surgery.ties(given, density, disjoint=disjoint or "mean", **storage))
+        _report(output, surgery.ties(given, density, disjoint=disjoint or "mean", trim=trim, **storage))
 
 
 @surgery.command()

@@ -51,11 +51,10 @@ def train(
 
     Example: alignvec train base/ pairs.jsonl medical-av --method lora --steps 500
     """
-    from transformers import AutoTokenizer
-
     from alignvec.convert import convert
     from alignvec.encoding import asked_for
     from alignvec.evaluate import load_questions
+    from alignvec.loading import load_tokenizer
     from alignvec.train import load_pairs, pairs_from_questions, train_dpo
     from alignvec.vector import AlignmentVector
     from alignvec.writer import output_folder
@@ -68,7 +67,7 @@ def train(
     with output_folder(output, overwrite=overwrite, inputs=[model]) as folder:  # refused before training, not after
         vector = train_dpo(
             model,
-            AutoTokenizer.from_pretrained(model),
+            load_tokenizer(model),
             chosen,
             method=method,
             rank=rank,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,20 +13,24 @@ from torch import Tensor
 from alignvec.coefficients import Coefficients
 from alignvec.decoding.cache import RowCache
 from alignvec.decoding.custom import custom_generate
-from alignvec.decoding.generate import Blend, end_tokens, pad_token, padded, sequences, stopping
+from alignvec.decoding.generate import Blend, end_tokens, pad_token, padded, sequences, shares, stopping
 from alignvec.decoding.mixes import Follow, Schedule, Values, resolve
 from alignvec.decoding.prefill import Prefill, lent
 from alignvec.decoding.prefixes import Prefixes
+from alignvec.decoding.prompts import flat, require_room, token_ids, whole
 from alignvec.decoding.rows import Row
 from alignvec.decoding.runner import Runner
 from alignvec.decoding.sampling import Sampler, Sampling
 from alignvec.decoding.step import Forward, Graphs, Kind, Output, State
 from alignvec.errors import AlignvecError
+from alignvec.numbers import shown
+from alignvec.standing import Reading
 
 if TYPE_CHECKING:
     from alignvec.alignment import Alignment
 
 GREEDY = Sampling()
+_PLAIN = Reading((), None)  # of a model without vectors
 
 
 class Decoder:
@@ -38,7 +44,9 @@ class Decoder:
     that an earlier one wrote. `recompute=True` writes them anew whenever a row's mix changes, at the cost of reading
     the row's text again. Keys and values that outlive a row (`prefix_bytes`) are found by tokens *and* mix.
 
-    One thread at a time; any thread may call `Alignment.set` meanwhile, which rows without a mix of their own follow.
+    One thread at a time; any thread may call `Alignment.set`, `set_rows`, `materialise` and `restore` meanwhile, which
+    rows without a mix of their own follow from their next step on. A row with one is refused while a mix is
+    materialised.
     """
 
     def __init__(
@@ -78,13 +86,14 @@ class Decoder:
         self.model = model
         self.max_batch, self.max_length = max_batch, max_length
         self._alignment: Alignment | None = getattr(model, "alignment", None)
-        coefficients = self._coefficients
-        if coefficients is not None and coefficients.max_rows < max_batch:
+        if self._alignment is not None and self._alignment.max_rows < max_batch:
             raise AlignvecError(
-                f"max_batch={max_batch} does not fit the {coefficients.max_rows} rows of coefficients; attach with "
+                f"max_batch={max_batch} does not fit the {self._alignment.max_rows} rows of coefficients; attach with "
                 f"max_rows={max_batch} or more"
             )
-        self._runner = Runner(self.model, coefficients, fuse, graphs, max_batch, max_length)
+        with self._reading() as reading:
+            table = self._table(reading)
+            self._runner = Runner(self.model, table, fuse, graphs, max_batch, max_length)
         with torch.inference_mode(False), torch.no_grad():
             self.cache = RowCache(self._runner.prompted, max_batch, self._runner.room)
             vocabulary = self.model.get_output_embeddings().weight.shape[0]
@@ -146,7 +155,7 @@ class Decoder:
             AlignvecError: no free row, an empty prompt or one without room, a token id outside of the vocabulary, an
                 unknown vector name, or a mix unlike that of the other rows where the model needs one for all.
         """
-        prompt = torch.as_tensor(input_ids).reshape(-1).tolist()
+        prompt = flat(input_ids)
         limit = self._runner.room + 1 - len(prompt) if max_new_tokens is None else max_new_tokens
         (row,) = self.admit([prompt], [mix], [sampling], limit, recompute=recompute)
         return row
@@ -165,26 +174,33 @@ class Decoder:
         """`join` for several prompts at once, read in as few forward passes as they fit.
 
         weights: add up the logits of these rows, which must be of one prompt, and let all take the same token.
+
+        Raises:
+            AlignvecError: as `join`, and weights that are no finite numbers, or not one for each of equal prompts;
+                nothing is changed then.
         """
         free = [index for index, row in enumerate(self._rows) if row is None][: len(prompts)]
         if len(free) < len(prompts):
             raise AlignvecError(
                 f"{len(prompts)} rows are needed and {len(free)} are free; make a decoder with more max_batch"
             )
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        prompts = [token_ids(prompt, vocabulary) for prompt in prompts]
+        limit = whole(limit)
         for prompt in prompts:
-            self._require_room(prompt, limit)
+            require_room(prompt, limit, self._runner, self.max_length)
+        weights = None if weights is None else shares(weights, prompts)
         if limit < 1:
             raise AlignvecError(f"max_new_tokens={limit} must be at least 1")
-        self._ready()
-        coefficients = self._coefficients
         rows = []
         for number, (index, prompt, mix, sampling) in enumerate(zip(free, prompts, mixes, samplings, strict=True)):
             chosen = self._mix(mix, number, len(prompts))
-            row = Row(index, list(prompt), limit, sampling, chosen, recompute, len(weights or [0]))
-            row.now()  # what a function of the position gives is refused before anything is read
-            rows.append(row)
-        self._require_alike([*self._going, *rows])
-        self._prefill.read(rows, coefficients, self._weights)
+            rows.append(Row(index, prompt, limit, sampling, chosen, recompute, len(weights or [0])))
+        beside = [] if self._runner.rows_differ else self._going
+        with self._held([*beside, *rows]) as (reading, now):
+            self._ready(reading)
+            self._require_alike(now)
+            self._prefill.read(rows, now, reading.weights, self._table(reading))
         for row in rows:
             ids = torch.tensor(row.prompt)
             self.state.sampler.put(row.index, row.sampling, ids)
@@ -200,16 +216,19 @@ class Decoder:
         """Queue one step of all rows that have tokens left to generate; on CUDA without waiting for it.
 
         Raises:
-            AlignvecError: there is no such row, the model is not what it was when the rows joined, or rows have
-                different mixes where it needs one for all.
+            AlignvecError: there is no such row, the model is not what it was when the rows joined, rows have
+                different mixes where it needs one for all, or a row has one of its own while a mix is materialised.
         """
         rows = self._going
         if not rows:
             raise AlignvecError("no row has tokens left to generate; join one first")
-        forward, graphs = self._ready()
-        self._require_alike(rows)
-        mixes = {row.index: row.now() for row in rows}
-        self._renew(rows, mixes)
+        with self._held(rows) as (reading, mixes):
+            self._launch(rows, reading, mixes)
+
+    def _launch(self, rows: list[Row], reading: Reading, mixes: Mapping[int, Values | None]) -> None:
+        forward, graphs = self._ready(reading)
+        self._require_alike(mixes)
+        self._renew(rows, mixes, reading)
         self._activate({row.index for row in rows})
         count = rows[-1].index + 1
         if graphs is not None:  # few of them, each for a power of two of rows
@@ -217,7 +236,7 @@ class Decoder:
         kind = Kind(count, max(row.policies for row in rows), self.state.sampler.variant(count))
         some = next(iter(mixes.values()))  # free rows have any
         own = [mixes.get(index, some) for index in range(count)]
-        with lent(self._coefficients, own, apart=graphs is not None and self._runner.alike is None):
+        with lent(self._table(reading), own, apart=graphs is not None and self._runner.alike is None):
             (graphs or self.state).step(forward, kind)
         for row in rows:
             row.launched += 1
@@ -266,13 +285,13 @@ class Decoder:
         Earlier keys and values stay as they were written. recompute: write them anew, now and at later changes.
 
         Raises:
-            AlignvecError: the row is free, or the mix has an unknown vector; nothing is changed then.
+            AlignvecError: the row is free, the mix has an unknown vector, or another one is materialised; nothing is
+                changed then.
         """
         own = self._row(row)
         chosen = self._mix(mix, 0, 1)
-        if chosen is not None:
-            chosen(own.launched)
-        own.mix = chosen
+        with self._held([dataclasses.replace(own, mix=chosen)]):
+            own.mix = chosen
         own.recompute = recompute
 
     def set_sampling(self, row: int, sampling: Sampling) -> None:
@@ -401,29 +420,9 @@ class Decoder:
         """Rows that have tokens left to generate."""
         return [row for row in self._rows if row is not None and not row.ended]
 
-    def _require_room(self, prompt: Sequence[int], limit: int) -> None:
-        """Refuse a prompt that is none, or that a row has no room for with `limit` new tokens."""
-        if not prompt:
-            raise AlignvecError("a prompt has no tokens; begin it with the model's bos token")
-        vocabulary = self.model.get_input_embeddings().weight.shape[0]
-        for token in (min(prompt), max(prompt)):
-            if not isinstance(token, int) or not 0 <= token < vocabulary:
-                raise AlignvecError(
-                    f"{token} is no token id of this model, whose vocabulary has {vocabulary}; give integers from 0 to "
-                    f"{vocabulary - 1}, of this model's tokenizer"
-                )
-        room, short = self._runner.room, self._runner.short
-        if len(prompt) > room or len(prompt) + limit > room + 1:
-            what = f"{len(prompt)} tokens{f' and {limit} new ones' if limit > 0 else ''} do not fit"
-            if short is not None:
-                raise AlignvecError(f"{what} the {room} tokens of a row of {type(self.model).__name__}: {short}")
-            raise AlignvecError(
-                f"{what} max_length={self.max_length}, of which the last needs no place; make a decoder with more"
-            )
-
-    def _require_alike(self, rows: Sequence[Row]) -> None:
+    def _require_alike(self, mixes: Mapping[int, Values | None]) -> None:
         """Refuse rows of one step whose mixes differ, where the model cannot run them."""
-        if self._runner.alike is not None and len({row.now() for row in rows}) > 1:
+        if self._runner.alike is not None and len(set(mixes.values())) > 1:
             raise AlignvecError(
                 f"rows of one step have different mixes, and {type(self.model).__name__} cannot be decoded so: "
                 f"{self._runner.alike}; give all rows one mix"
@@ -435,39 +434,44 @@ class Decoder:
             self.state.active.copy_(torch.tensor(active, dtype=torch.int32), non_blocking=True)
             self._active = active
 
-    def _renew(self, rows: Sequence[Row], mixes: Mapping[int, Values | None]) -> None:
+    def _renew(self, rows: Sequence[Row], mixes: Mapping[int, Values | None], reading: Reading) -> None:
         """Follow changes of mixes: read the text anew where that is asked for, else note that the past has several."""
-        weights = self._weights
-        changed = [row for row in rows if row.written != (weights, mixes[row.index])]
+        changed = [row for row in rows if row.written != (reading.weights, mixes[row.index])]
         stale = [row for row in changed if row.recompute]
         if stale:
             while self._launched:
                 self.collect()
-            self._prefill.read(stale, self._coefficients, weights)
+            self._prefill.read(stale, mixes, reading.weights, self._table(reading))
         for row in changed:
             if not row.recompute:
                 row.written = None
 
-    def _mix(self, mix: Schedule | None, number: int, batch: int) -> Any:
-        coefficients = self._coefficients
-        if coefficients is not None:
-            return Follow(coefficients, number, batch) if mix is None else resolve(coefficients, mix)
+    def _mix(self, mix: Schedule | None, number: int, batch: int) -> Follow | Callable[[int], Values] | None:
+        if self._alignment is not None:
+            return Follow(number, batch) if mix is None else resolve(self._alignment.table, mix)
         if mix is not None:
-            state = "has no vectors" if self._alignment is None else "has a mix materialised in its weights"
-            raise AlignvecError(f"the model {state}, so a row cannot have the mix {mix!r}")
+            raise AlignvecError(f"the model has no vectors, so a row cannot have the mix {shown(mix)}")
         return None
 
-    @property
-    def _coefficients(self) -> Coefficients | None:
-        """The table that mixes go to; None where the weights are what they are."""
-        return None if self._alignment is None else self._alignment.table
+    def _table(self, reading: Reading) -> Coefficients | None:
+        """Where mixes go to; None while the weights hold all that there is."""
+        return None if self._alignment is None or reading.mixes is None else self._alignment.table
 
-    @property
-    def _weights(self) -> Hashable:
-        """What keys and values depend on besides a row's mix."""
-        return None if self._alignment is None else self._alignment.weights
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[Reading]:
+        """What the model computes with, read once and staying so: keys and values that are written within are of it."""
+        with contextlib.nullcontext(_PLAIN) if self._alignment is None else self._alignment.held() as reading:
+            if self._alignment is not getattr(self.model, "alignment", None):
+                raise AlignvecError("vectors were attached or detached since this decoder was made; make a new one")
+            yield reading
 
-    def _ready(self) -> tuple[Forward, Graphs | None]:
-        if self._alignment is not getattr(self.model, "alignment", None):
-            raise AlignvecError("vectors were attached or detached since this decoder was made; make a new one")
-        return self._runner.program(self.state, 0 if self._alignment is None else self._alignment.changes)
+    @contextlib.contextmanager
+    def _held(self, rows: Sequence[Row]) -> Iterator[tuple[Reading, dict[int, Values | None]]]:
+        """The same, and the mix of each row's next step, by its index: each is asked for once."""
+        own = [row.own() for row in rows]  # first, since functions of the user's may set and materialise
+        with self._reading() as reading:
+            yield reading, {row.index: row.under(reading, mix) for row, mix in zip(rows, own, strict=True)}
+
+    def _ready(self, reading: Reading) -> tuple[Forward, Graphs | None]:
+        changes = 0 if self._alignment is None else self._alignment.changes
+        return self._runner.program(self.state, changes, self._table(reading))

@@ -12,6 +12,7 @@ from alignvec.decoding.mixes import Mix, Schedule
 from alignvec.decoding.sampling import Sampling
 from alignvec.decoding.step import MAX_POLICIES
 from alignvec.errors import AlignvecError
+from alignvec.numbers import float32_number, shown
 
 if TYPE_CHECKING:
     from alignvec.decoding.decoder import Decoder
@@ -104,6 +105,9 @@ def unpadded(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]
     Raises:
         AlignvecError: other shapes, or padding that is not on the left.
     """
+    for name, value in (("input_ids", input_ids), ("attention_mask", attention_mask)):
+        if not isinstance(value, Tensor) and (value is not None or name == "input_ids"):
+            raise AlignvecError(f"{name} must be a tensor [batch, tokens], not a {type(value).__name__}")
     if input_ids.dim() != 2 or (attention_mask is not None and attention_mask.shape != input_ids.shape):
         mask = "" if attention_mask is None else f" and attention_mask {list(attention_mask.shape)}"
         raise AlignvecError(f"input_ids {list(input_ids.shape)}{mask} must be of one shape [batch, tokens]")
@@ -167,6 +171,20 @@ def pad_token(model: Any, eos: set[int]) -> int | None:
     return config.pad_token_id if config.pad_token_id is not None else min(eos, default=None)
 
 
+def shares(weights: Sequence[float], prompts: Sequence[Sequence[int]]) -> list[float]:
+    """The weights of a blend's policies, one for each of its rows.
+
+    Raises:
+        AlignvecError: not one for each of up to 8 equal prompts, or one that is not finite in float32.
+    """
+    if not len(weights) == len(prompts) <= MAX_POLICIES or any(prompt != prompts[0] for prompt in prompts):
+        raise AlignvecError(
+            f"{len(weights)} weights were given for {len(prompts)} rows; a blend has 1 to {MAX_POLICIES} rows of one "
+            "prompt, and a weight for each"
+        )
+    return [float32_number(weight, "the weight of policy", number) for number, weight in enumerate(weights)]
+
+
 def _policies(blend: Blend | None, mixes: object, max_batch: int) -> list[Mix | None]:
     """The mixes whose logits are added up; one that is none without a blend."""
     if blend is None:
@@ -176,6 +194,6 @@ def _policies(blend: Blend | None, mixes: object, max_batch: int) -> list[Mix | 
     if not 1 <= len(blend) <= MAX_POLICIES:
         raise AlignvecError(f"blend has {len(blend)} policies; give 1 to {MAX_POLICIES}")
     for item in blend:
-        if len(item) != 2 or not isinstance(item[0], Mapping):
-            raise AlignvecError(f"{item!r} is no policy of a blend; give (mix, weight) pairs")
+        if not isinstance(item, Sequence) or len(item) != 2 or not isinstance(item[0], Mapping):
+            raise AlignvecError(f"{shown(item)} is no policy of a blend; give (mix, weight) pairs")
     return [mix for mix, _ in blend]

@@ -8,6 +8,8 @@ from typing import TypeAlias
 
 from alignvec.coefficients import Coefficients
 from alignvec.errors import AlignvecError
+from alignvec.numbers import shown
+from alignvec.standing import Reading
 
 Mix: TypeAlias = Mapping[str, float]
 # A mix, or one for each generated token: by a table (its last entry stays) or a function of the token's number from 0.
@@ -17,14 +19,16 @@ Values: TypeAlias = tuple[float, ...]  # one row of the coefficient table
 
 @dataclass(frozen=True)
 class Follow:
-    """The mix that `Alignment.set` or `set_rows` gives sequence `number` of a batch, whenever it is asked."""
+    """What `Alignment.set` or `set_rows` gives sequence `number` of a batch, and what `materialise` does."""
 
-    coefficients: Coefficients
     number: int = 0
     batch: int = 1
 
-    def __call__(self, token: int) -> Values:
-        mixes = self.coefficients.mixes
+    def of(self, reading: Reading) -> Values | None:
+        """The row of the table; None where the weights hold all that there is."""
+        mixes = reading.mixes
+        if mixes is None:
+            return None
         if self.batch % len(mixes):
             raise AlignvecError(
                 f"a batch of {self.batch} does not divide over the {len(mixes)} rows of coefficients; "
@@ -44,14 +48,10 @@ def resolve(coefficients: Coefficients, schedule: Schedule) -> Callable[[int], V
         values = coefficients.mix(schedule)
         return lambda token: values
     if callable(schedule):
-        return lambda token: coefficients.mix(_mapping(schedule(token)))
+        return lambda token: coefficients.mix(schedule(token))
     if isinstance(schedule, str) or not isinstance(schedule, Sequence) or not schedule:
-        raise AlignvecError(f"{schedule!r} is no schedule: give a mix, a list of mixes, or a function of the position")
-    table = [coefficients.mix(_mapping(mix)) for mix in schedule]
+        raise AlignvecError(
+            f"{shown(schedule)} is no schedule: give a mix, a list of mixes, or a function of the position"
+        )
+    table = [coefficients.mix(mix) for mix in schedule]
     return lambda token: table[min(token, len(table) - 1)]
-
-
-def _mapping(mix: object) -> Mix:
-    if not isinstance(mix, Mapping):
-        raise AlignvecError(f"{mix!r} is no mix: give coefficients by name, as in {{'medical': 0.7}}")
-    return mix

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,26 +41,35 @@ class Prefill:
     def __init__(self, model: Any, cache: RowCache, prefixes: Prefixes) -> None:
         self.model, self.cache, self.prefixes = model, cache, prefixes
 
-    def read(self, rows: Sequence[Row], coefficients: Coefficients | None, weights: Hashable) -> None:
-        """Write the cache of these rows anew, under the mix of their next step.
+    def read(
+        self,
+        rows: Sequence[Row],
+        mixes: Mapping[int, Values | None],
+        weights: Hashable,
+        coefficients: Coefficients | None,
+    ) -> None:
+        """Write the cache of these rows anew.
 
-        weights: what the keys and values depend on besides the mix.
+        mixes: of each row, by its index. weights: what the keys and values depend on besides the mix.
         """
         groups: dict[int, list[tuple[Row, KeyValues]]] = {}
         for row in rows:
-            row.written = (weights, row.now())
-            known, states = self.prefixes.find(row.text[:-1], row.written)
+            row.written = None  # until all of it is
+            known, states = self.prefixes.find(row.text[:-1], (weights, mixes[row.index]))
             groups.setdefault(known, []).append((row, states))
         for known, group in groups.items():
             group.sort(key=lambda item: len(item[0].text))
             while group:
                 rest = max(1, len(group[-1][0].text) - 1 - known)
                 some = [group.pop() for _ in range(min(len(group), max(1, TOKENS // rest)))]
-                self._forward(known, some, coefficients)
+                with lent(coefficients, [mixes[row.index] for row, _ in some]):
+                    self._forward(known, some)
+                for row, _ in some:
+                    row.written = (weights, mixes[row.index])
         for row in rows:
             self.keep(row)
 
-    def _forward(self, known: int, group: Sequence[tuple[Row, KeyValues]], coefficients: Coefficients | None) -> None:
+    def _forward(self, known: int, group: Sequence[tuple[Row, KeyValues]]) -> None:
         device = self.cache.lengths.device
         prompts = [row.text[known:-1] for row, _ in group]
         longest = max(map(len, prompts))
@@ -70,10 +79,9 @@ class Prefill:
             for own, prompt in zip(ids, prompts, strict=True):
                 own[: len(prompt)] = torch.tensor(prompt, dtype=torch.int64)
             positions = torch.arange(known, known + longest, device=device).expand(len(prompts), -1)
-            with lent(coefficients, [row.now() for row, _ in group]):
-                self.model.base_model(
-                    input_ids=ids.to(device), position_ids=positions, past_key_values=cache, use_cache=True
-                )
+            self.model.base_model(
+                input_ids=ids.to(device), position_ids=positions, past_key_values=cache, use_cache=True
+            )
         for number, ((row, _), prompt) in enumerate(zip(group, prompts, strict=True)):
             if known or longest:
                 self.cache.store(row.index, cache, number, known + len(prompt))

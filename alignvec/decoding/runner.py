@@ -52,7 +52,7 @@ class Runner:
         max_batch: int,
         max_length: int,
     ) -> None:
-        self.model = model
+        self.model, self._fuse, self._rows = model, fuse, min(max_batch, 2)
         device = _device(model)
         self.graphs = device.type == "cuda" if graphs is None else graphs
         if self.graphs and device.type != "cuda":
@@ -71,16 +71,27 @@ class Runner:
         self.alike: str | None = None
         self._make: Make = ModelForward
         with torch.inference_mode(False), torch.no_grad():
-            self.prompted = self._tried(coefficients, fuse, min(max_batch, 2))
+            self.prompted = self._tried(coefficients)
+        self._with_mixes = coefficients is not None
 
-    def program(self, state: State, changes: int) -> tuple[Forward, Graphs | None]:
+    @property
+    def rows_differ(self) -> bool:
+        """Whether it was tried, and found, that the rows of a step may have different mixes."""
+        return self._with_mixes and self.alike is None
+
+    def program(self, state: State, changes: int, coefficients: Coefficients | None) -> tuple[Forward, Graphs | None]:
         """What steps run for the weights where they are now.
 
         changes: how often they moved on purpose. Graphs read addresses: other weights take other graphs.
+        coefficients: where mixes go to, if they do; the first time that they do the model is tried with them.
 
         Raises:
-            AlignvecError: the model went to another device or dtype.
+            AlignvecError: the model went to another device or dtype, or cannot be decoded with mixes.
         """
+        if coefficients is not None and not self._with_mixes:
+            with torch.inference_mode(False), torch.no_grad():
+                self._tried(coefficients)
+            self._with_mixes = True
         weight, own = self.model.get_input_embeddings().weight, state.cache.layers[0][0]
         key = changes, weight.data_ptr()
         if key not in self._programs:
@@ -92,8 +103,9 @@ class Runner:
             self._programs = {key: (self._make(self.model, state.cache), Graphs(state) if self.graphs else None)}
         return self._programs[key]
 
-    def _tried(self, coefficients: Coefficients | None, fuse: bool | None, rows: int) -> DynamicCache:
+    def _tried(self, coefficients: Coefficients | None) -> DynamicCache:
         """Rows under mixes of their own, else under one mix, else one row alone."""
+        fuse, rows = self._fuse, self._rows
         if rows > 1 and coefficients is not None:
             try:
                 return self._try(coefficients, fuse, rows, apart=True)

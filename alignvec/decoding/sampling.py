@@ -15,6 +15,7 @@ from torch import Tensor
 
 from alignvec.decoding.uniform import split, uniform
 from alignvec.errors import AlignvecError
+from alignvec.numbers import BEYOND_FLOAT32, shown
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,11 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check(self, "temperature", 0 <= self.temperature < math.inf, "a finite number of at least 0")
+        _check(self, "temperature", 0 <= self.temperature < BEYOND_FLOAT32, "a finite float32 of at least 0")
         _check(self, "top_k", isinstance(self.top_k, int) and self.top_k >= 0, "an int of at least 0; 0 keeps all")
         _check(self, "top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
         _check(self, "min_p", 0 <= self.min_p <= 1, "from 0 to 1")
-        _check(self, "repetition_penalty", 0 < self.repetition_penalty < math.inf, "a finite number above 0")
+        _check(self, "repetition_penalty", 0 < self.repetition_penalty < BEYOND_FLOAT32, "a finite float32 above 0")
         whole = isinstance(self.seed, int) and -(1 << 63) <= self.seed < 1 << 63
         _check(self, "seed", whole, "an int of 64 bits")
 
@@ -63,7 +64,7 @@ class Sampling:
 
 def _check(sampling: Sampling, option: str, good: bool, wanted: str) -> None:
     if not good:
-        raise AlignvecError(f"{option} is {getattr(sampling, option)!r}; it must be {wanted}")
+        raise AlignvecError(f"{option} is {shown(getattr(sampling, option))}; it must be {wanted}")
 
 
 @dataclass(frozen=True)

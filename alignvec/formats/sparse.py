@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import chain, islice
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,9 +21,15 @@ from torch import Tensor
 from alignvec.errors import AlignvecError
 from alignvec.formats import bits
 from alignvec.formats.spec import Encoded, Option, Spec, blocks, matrix, span
+from alignvec.formats.threshold import kth
+from alignvec.formats.threshold import threshold as threshold
+from alignvec.sources import in_order
 
 OPTIONS: dict[str, Option] = {"density": 0.1, "method": "topk", "seed": 0, "threshold": 0.0}
 METHODS = ("topk", "dare", "ties")
+T = TypeVar("T")
+PART = 1 << 17  # weights encoded at a time, so few that intermediates stay in cache
+_Chosen: TypeAlias = tuple[Tensor, Tensor]  # the bitmap of some rows, and the values that it keeps
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -40,11 +49,10 @@ def encode(spec: Spec, delta: Tensor, base: Tensor | None, aligned: Tensor | Non
     delta = delta.reshape(rows, cols)
     delta = delta if delta.dtype in DTYPES else delta.float()
     bitmap = torch.empty(rows, bits.row_bytes(cols, 1), dtype=torch.uint8, device=delta.device)
-    values = []
-    for block, kept in _kept(spec, delta, name):
-        kept &= delta[block] != 0
-        bitmap[block] = bits.pack(kept.view(torch.uint8), 1)
-        values.append(delta[block][kept])
+    parts, values = list(blocks(rows, cols, PART)), []
+    for block, (packed, kept) in zip(parts, _worked(_choices(spec, delta, parts, name)), strict=True):
+        bitmap[block] = packed
+        values.append(kept)
     kept_values = torch.cat(values)
     if spec.options["method"] == "dare":
         kept_values = (kept_values.float() / float(spec.options["density"])).to(delta.dtype)
@@ -53,63 +61,53 @@ def encode(spec: Spec, delta: Tensor, base: Tensor | None, aligned: Tensor | Non
     return Encoded("sparse", shape, dict(spec.options), {"bitmap": bitmap, "values": kept_values})
 
 
-def _kept(spec: Spec, delta: Tensor, name: str) -> Iterator[tuple[slice, Tensor]]:
-    """Which weights are kept, bool [n, cols], some rows at a time."""
+def _choices(spec: Spec, delta: Tensor, parts: list[slice], name: str) -> Iterator[Callable[[int], _Chosen]]:
+    """A job for each range of rows that finds the weights that are kept."""
     density, method, seed, least = (spec.options[key] for key in OPTIONS)
     if method == "dare":
         digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-        for block in blocks(*delta.shape):
-            yield block, (torch.rand(delta[block].shape, generator=generator) < float(density)).to(delta.device)
+        for part in parts:  # numbers are drawn in their order
+            yield partial(_drawn, delta[part], torch.rand(delta[part].shape, generator=generator), float(density))
     elif method == "ties":
         if not least:
             raise AlignvecError("format sparse: ties needs the threshold of the whole vector; see sparse.threshold")
-        for block in blocks(*delta.shape):
-            yield block, delta[block].float().abs() >= float(least)
+        for part in parts:
+            yield partial(_reaching, delta[part], float(least), None)
     else:
-        limit = threshold(lambda: [delta], float(density))
-        ties = max(1, round(float(density) * delta.numel()))
-        for block in blocks(*delta.shape):
-            ties -= int((delta[block].float().abs() > limit).sum())
-        for block in blocks(*delta.shape):
-            magnitude = delta[block].float().abs()
-            tied = (magnitude == limit).view(-1)
-            chosen = tied & (tied.cumsum(0) <= ties)
-            ties -= int(chosen.sum())
-            yield block, (magnitude > limit) | chosen.view_as(magnitude)
+        limit, ties = kth(lambda: (partial(delta.__getitem__, part) for part in parts), float(density))
+        for part, tied in zip(parts, list(_worked(partial(_tied, delta[part], limit) for part in parts)), strict=True):
+            yield partial(_reaching, delta[part], limit, None if tied <= ties else ties)
+            ties = max(0, ties - tied)
 
 
-def threshold(deltas: Callable[[], Iterable[Tensor]], density: float) -> float:
-    """The magnitude that `density` of all the deltas' weights reach: exactly the k-th largest, k = density * count.
-
-    `deltas` gives the tensors, or pieces of them, anew each time it is called, which is twice. Where fewer weights than
-    that differ from zero it is the smallest positive float32: never 0.
-    """
-    high = torch.zeros(1 << 15, dtype=torch.int64)
-    low = torch.zeros(1 << 16, dtype=torch.int64)
-    for patterns in _patterns(deltas()):
-        high += torch.bincount(patterns >> 16, minlength=len(high)).cpu()
-    rank = max(1, round(density * int(high.sum())))
-    digit, rank = _reached(high, rank)
-    for patterns in _patterns(deltas()):
-        low += torch.bincount(patterns[patterns >> 16 == digit] & 0xFFFF, minlength=len(low)).cpu()
-    pattern = max(1, digit << 16 | _reached(low, rank)[0])
-    return float(torch.tensor(pattern, dtype=torch.int32).view(torch.float32))
+def _drawn(delta: Tensor, numbers: Tensor, density: float, slot: int) -> _Chosen:
+    return _chosen(delta, (numbers < density).to(delta.device))
 
 
-def _patterns(deltas: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The bits of |delta| in float32 as int32, which are in the order of the magnitudes."""
-    for delta in deltas:
-        flat = delta.reshape(1, -1) if delta.dim() < 2 else delta.reshape(-1, delta.shape[-1])
-        for block in blocks(*flat.shape):
-            yield flat[block].float().abs().view(torch.int32).reshape(-1)
+def _reaching(delta: Tensor, limit: float, ties: int | None, slot: int) -> _Chosen:
+    """What has a magnitude of at least `limit`; of those that have it exactly the first `ties` (None: all)."""
+    magnitude = delta.float().abs()
+    kept = magnitude >= limit
+    if ties is not None:
+        tied = (magnitude == limit).view(-1)
+        kept.view(-1)[tied & (tied.cumsum(0) > ties)] = False
+    return _chosen(delta, kept)
 
 
-def _reached(histogram: Tensor, rank: int) -> tuple[int, int]:
-    """The bin of the rank-th largest, and its rank among those of that bin."""
-    above = histogram.flip(0).cumsum(0)
-    place = int(torch.searchsorted(above, rank))
-    return len(histogram) - 1 - place, rank - (int(above[place - 1]) if place else 0)
+def _tied(delta: Tensor, limit: float, slot: int) -> int:
+    return int((delta.float().abs() == limit).count_nonzero())
+
+
+def _chosen(delta: Tensor, kept: Tensor) -> _Chosen:
+    kept &= delta != 0
+    return bits.pack(kept.view(torch.uint8), 1), delta[kept]
+
+
+def _worked(jobs: Iterable[Callable[[int], T]]) -> Iterator[T]:
+    """The jobs' results in order; a job that has others behind it is done by threads."""
+    first = list(islice(jobs := iter(jobs), 2))
+    return in_order(chain(first, jobs)) if len(first) > 1 else (job(0) for job in first)
 
 
 def decode(encoded: Encoded, base: Tensor | None, rows: slice | None) -> Tensor:

@@ -58,9 +58,9 @@ def span(rows: slice | None, count: int) -> tuple[int, int]:
     return start, max(start, stop)
 
 
-def blocks(rows: int, cols: int) -> Iterator[slice]:
-    """Slices of the rows that hold about BLOCK elements each."""
-    step = max(1, BLOCK // max(cols, 1))
+def blocks(rows: int, cols: int, size: int = BLOCK) -> Iterator[slice]:
+    """Slices of the rows that hold about ``size`` elements each."""
+    step = max(1, size // max(cols, 1))
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 

@@ -12,8 +12,10 @@ from alignvec.checkpoint import TensorInfo
 from alignvec.errors import AlignvecError
 from alignvec.fingerprint import BaseIdentity, identify
 from alignvec.formats import Encoded, decode
+from alignvec.loading import reason
 from alignvec.names import parameter_names, resolve
 from alignvec.peft import wrappers
+from alignvec.peft.outline import outline
 from alignvec.sources import LiveSource, StoredSource, local_path, open_source
 from alignvec.wrappers import unwrapped
 
@@ -28,6 +30,7 @@ class Base:
     """
 
     whole = True
+    held: frozenset[str] = frozenset()  # stored tensors that the live model has by any name, or as parts of others
 
     def __init__(self, model: nn.Module, source: StoredSource | dict[str, Tensor], names: dict[str, str], label: str):
         self.model, self.source, self.names, self.label = model, source, names, label
@@ -63,22 +66,9 @@ class Base:
     @classmethod
     def _stored(cls, path: str | Path) -> Base:
         """Which modules a checkpoint has says the model that transformers would build from its config."""
-        from transformers import AutoConfig, AutoModelForCausalLM
-
         source, folder = open_source(path), local_path(path)
         assert not isinstance(source, LiveSource)
-        folder = folder if folder.is_dir() else folder.parent
-        try:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise AlignvecError(
-                f"transformers builds no causal language model from {path} by itself ({reason}): give the loaded model "
-                "as the base"
-            ) from None
-        model.tie_weights()
+        model = outline(source, folder if folder.is_dir() else folder.parent)
         live = parameter_names(model)
         stored: dict[str, str] = {}
         for name in source.tensors:
@@ -87,10 +77,27 @@ class Base:
                 stored[found] = name
         others = {name: value for name, value in model.named_parameters() if name not in stored}
         moved = {id(value): name for name, value in others.items()}
-        for name, value in _checkpoint_layout(model, others).items():
+        try:
+            layout = _checkpoint_layout(model, others)
+        except Exception as error:
+            raise AlignvecError(
+                f"transformers does not say how {source.label} stores {next(iter(others))} ({reason(error)}): give the "
+                "loaded model as the base"
+            ) from error
+        for name, value in layout.items():
             if id(value) in moved and name in source.tensors:
                 stored[moved[id(value)]] = name
-        return cls(model, source, {name: stored.get(first, name) for name, first in live.items()}, source.label)
+        described = {stored[name]: value for name, value in model.named_parameters() if name in stored}
+        for name, value in {**layout, **described}.items():
+            info = source.tensors.get(name)
+            if info is not None and info.dtype.is_floating_point and info.shape != tuple(value.shape):
+                raise AlignvecError(
+                    f"{source.label} holds {name} as {list(info.shape)}, and its config.json makes it "
+                    f"{list(value.shape)}: give a base whose files fit together"
+                )
+        base = cls(model, source, {name: stored.get(first, name) for name, first in live.items()}, source.label)
+        base.held = frozenset(source.tensors.keys() & {*layout, *stored.values()})
+        return base
 
     def identity(self) -> BaseIdentity:
         """Reads every tensor once."""

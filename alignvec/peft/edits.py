@@ -36,6 +36,10 @@ class Edits:
             _require_shape(self, name, base, label)
             added = [*self.dense.get(name, []), *self._replaced(name, base, label)]
             low_rank = _concatenated(self.factors[name]) if self.factors.get(name) else None
+            if low_rank is not None and not _is_finite(low_rank):
+                raise AlignvecError(
+                    f"adapter {label} edits {name} by values beyond the range of float32: train it anew"
+                )
             if not added:
                 if low_rank is not None:
                     yield name, low_rank
@@ -134,6 +138,9 @@ def _add_layer(edits: Edits, path: str, layer: Any, adapter: str, base: Base, st
     if stored is not None and any(factor.is_meta for factor in pair):
         raise AlignvecError(f"adapter {label} has no two matrices A [r, in] and B [out, r] for {path}")
     a, b = (_tensor(factor, f"{path}.lora_{key}", label) for key, factor in zip("AB", pair, strict=True))
+    for key, factor in (("A", a), ("B", b)):
+        if not factor.isfinite().all():
+            raise AlignvecError(f"adapter {label} has NaN or infinity in {path}.lora_{key}: train it anew")
     scale = float(layer.scaling[adapter])
     if not math.isfinite(scale):
         raise AlignvecError(f"adapter {label} has the scale {scale} on {path}: it has to be a finite number")
@@ -213,6 +220,14 @@ def _concatenated(factors: list[tuple[Tensor, Tensor]]) -> Encoded:
     b = torch.cat([b.to(dtype) for _, b in factors], 1)
     options: dict[str, int | float | str] = {"rank": a.shape[0], "dtype": str(dtype).removeprefix("torch.")}
     return Encoded("low-rank", (b.shape[0], a.shape[1]), options, {"A": a.contiguous(), "B": b.contiguous()})
+
+
+def _is_finite(product: Encoded) -> bool:
+    """Whether all values of A B are finite in float32; they are computed only where a bound leaves that open."""
+    a, b = (product.parts[key].abs().amax().double() for key in "AB")
+    if a * b * product.parts["A"].shape[0] < torch.finfo(torch.float32).max / 2:
+        return True
+    return bool(decode(product).isfinite().all())
 
 
 def scaled(values: Tensor, scale: float) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,18 @@ from transformers.pytorch_utils import Conv1D
 
 from alignvec.checkpoint import Checkpoint, read_json
 from alignvec.errors import AlignvecError
-from alignvec.peft import wrappers
+from alignvec.peft import slots, wrappers
 from alignvec.peft.base import CONFIG, PREFIX, STEM, Base
-from alignvec.peft.config import lora_config, require_plain
+from alignvec.peft.config import lora_config, require_few, require_plain
+from alignvec.peft.patterns import require_bounded
+from alignvec.peft.slots import NAME
 from alignvec.sources import StoredSource, local_path
 
-NAME = "default"  # of the adapter in the copy
 FACTOR = re.compile(r"(?P<path>.+)\.lora_((?P<matrix>[AB])\.weight|(?P<bias>B\.bias)|(?P<embedding>embedding_[AB]))")
+DRAWN = (False, "orthogonal")  # values of init_lora_weights that give A and B random values
 TRAINING = (".lora_velora_embed",)  # statistics that only training reads
+EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")  # of one expert, before they were joined
+LONGEST, DEEPEST = 1000, 100  # characters and dots of a tensor's name
 
 
 class StoredAdapter:
@@ -30,17 +34,45 @@ class StoredAdapter:
     def __init__(self, path: str | Path) -> None:
         folder = local_path(path)
         if not (folder / CONFIG).is_file():
-            raise AlignvecError(f"{folder} is no PEFT adapter: it holds no {CONFIG}")
+            raise AlignvecError(f"{folder} is no PEFT adapter: it holds no file {CONFIG}")
         self.label = Path(path).name
         self.config: dict[str, Any] = read_json(folder / CONFIG)
         require_plain(self.config, self.label)
         self.lora = lora_config(self.config, self.label)
+        wanted = f"{STEM}.safetensors"
+        if not any((folder / name).is_file() for name in (wanted, f"{wanted}.index.json")):
+            pickled = (folder / f"{STEM}.bin").exists()
+            raise AlignvecError(
+                f"{folder} holds no file {wanted}: "
+                + ("pickles are not read, load the adapter and save it as safetensors" if pickled else "save it again")
+            )
         checkpoint = Checkpoint.open(folder, stem=STEM)
-        self.tensors = {
-            name.removeprefix(PREFIX).replace("_orig_mod.", ""): checkpoint.tensor(name)  # torch.compile's prefix
-            for name in checkpoint.tensors
-            if not name.endswith(TRAINING)
-        }
+        names = self._plain(checkpoint.tensors)
+        self.tensors = {plain: checkpoint.tensor(name) for plain, name in names.items()}
+
+    def _plain(self, stored: Iterable[str]) -> dict[str, str]:
+        """The tensors' names by those that the base's modules have. AlignvecError for names that PEFT ignores."""
+        names: dict[str, str] = {}
+        for name in stored:
+            if name.endswith(TRAINING):
+                continue
+            if len(name) > LONGEST or name.count(".") > DEEPEST:
+                raise AlignvecError(
+                    f"adapter {self.label} holds a tensor whose name has {len(name)} characters, {name[:60]!r} and "
+                    "more: no module has such a name, save the adapter again"
+                )
+            if not name.startswith(PREFIX):
+                raise AlignvecError(
+                    f"adapter {self.label} holds {name}, which PEFT does not load, since it does not begin with "
+                    f"{PREFIX}: save the adapter with PEFT"
+                )
+            plain = name.removeprefix(PREFIX).replace("_orig_mod.", "")  # torch.compile's prefix
+            if plain in names:
+                raise AlignvecError(
+                    f"adapter {self.label} holds {plain} twice, as {names[plain]} and as {name}: take one out"
+                )
+            names[plain] = name
+        return names
 
     def base(self) -> Base:
         """What is known of the base without it: the modules that have low-rank factors, and their shapes."""
@@ -83,7 +115,7 @@ class StoredAdapter:
         found = {match["path"] for key in self.tensors if (match := FACTOR.fullmatch(key)) and match["matrix"]}
         names = {f"{path}.weight": path for path in sorted(found) if not base.adaptable(path)}
         stored = base.source.tensors
-        joined = {path: stored[name].shape for name, path in names.items() if name in stored}
+        joined = {path: stored[name].shape for name, path in names.items() if name in base.held}
         if not joined or any(len(shape) != 2 for shape in joined.values()):
             return base
         with torch.device("meta"):
@@ -117,30 +149,50 @@ class StoredAdapter:
         Raises AlignvecError for what PEFT refuses, tensors of a wrong shape, and tensors that PEFT would not load.
         """
         model = wrappers.without_values(base.model)
+        self._require_bounded(model)
         try:
             with warnings.catch_warnings(), torch.device("meta"):
                 warnings.simplefilter("ignore")
                 self._inject(model)
                 tensors = self._converted(model)
         except Exception as error:
-            reason = str(error).strip().partition("\n")[0]
+            reason = (str(error).strip() or type(error).__name__).partition("\n")[0][:300]
             raise AlignvecError(
                 f"PEFT does not load adapter {self.label} onto {base.label} ({reason}): mend {CONFIG}, or "
                 f"{self._other_base(base)}"
             ) from error
         self._require_same_scales(tensors, base)
-        slots, own = _slots(model), _own_parameters(model)
+        places, own = slots.slots(model), slots.own_parameters(model)
         whole: dict[str, Tensor] = {}
+        ignored: list[str] = []
         for key, value in tensors.items():
-            place = slots.get(key) or slots.get(key.replace(".modules_to_save.", "."))
+            place = places.get(key) or places.get(key.replace(".modules_to_save.", "."))
             if place is not None:
                 self._require_shape(key, value, place[0][place[1]], base)
                 place[0][place[1]] = nn.Parameter(value, requires_grad=False)
             elif key in own:
                 whole[own[key]] = value
             else:
-                self._refuse(key, base)
+                ignored.append(key)
+        if ignored:
+            self._refuse(ignored, base)
+        if self.config.get("init_lora_weights", True) in DRAWN and (path := slots.left_out(model)) is not None:
+            raise AlignvecError(
+                f"adapter {self.label} holds nothing for {path}, which {CONFIG} names and PEFT then gives random "
+                f"values, with init_lora_weights={self.config['init_lora_weights']!r}: mend target_modules"
+            )
         return model, whole
+
+    def _require_bounded(self, model: nn.Module) -> None:
+        """Raises AlignvecError for a configuration that PEFT would not be done with on this model."""
+        modules = [path for path, _ in model.named_modules()]
+        parameters = dict(model.named_parameters())
+        tokens = max((value.shape[0] for value in parameters.values() if value.dim()), default=0)
+        require_few(self.config, len(modules), tokens, self.label)
+        # PEFT also asks for the names that layers of experts had before they were joined, as the adapter may have them.
+        earlier = {f"{name.rpartition('.')[0]}.{old}" for name in parameters if "expert" in name for old in EXPERTS}
+        own = {key.partition(".lora_")[0] for key in self.tensors}
+        require_bounded(self.config, [*modules, *parameters, *sorted(earlier | own)], self.label)
 
     def _inject(self, model: nn.Module) -> None:
         from peft import inject_adapter_in_model
@@ -175,17 +227,18 @@ class StoredAdapter:
         if value.shape == expected.shape or ".lora_" not in key:
             return
         path, _, leaf = key.partition(".lora_")
-        if self.lora.target_parameters or value.dim() != expected.dim():
-            raise AlignvecError(
-                f"adapter {self.label} holds {key} as {list(value.shape)}, and on {base.label} {CONFIG} makes it "
-                f"{list(expected.shape)}: give the adapter's own base"
-            )
         at = {"A.weight": 0, "B.weight": 1, "embedding_A": 0, "embedding_B": 1}.get(leaf)
-        if at is not None and value.shape[at] != expected.shape[at]:
-            raise AlignvecError(
-                f"adapter {self.label} says that {path} has rank {expected.shape[at]}, but it holds {value.shape[at]}: "
-                "mend r or rank_pattern"
-            )
+        if at is not None and value.dim() == expected.dim() and not self.lora.target_parameters:
+            held, said = value.shape[at], expected.shape[at]
+            if held != said:
+                raise AlignvecError(
+                    f"adapter {self.label} says that {path} has rank {said}, but it holds {held}: mend r or "
+                    "rank_pattern"
+                )
+        raise AlignvecError(
+            f"adapter {self.label} holds {key} as {list(value.shape)}, and on {base.label} {CONFIG} makes it "
+            f"{list(expected.shape)}: give the adapter's own base"
+        )
 
     def _other_base(self, base: Base) -> str:
         """What to do about an adapter that does not go onto a base."""
@@ -195,7 +248,10 @@ class StoredAdapter:
             return "give the adapter's own base"
         return "give the adapter's own base, as files if its experts are layers of their own in them"
 
-    def _refuse(self, key: str, base: Base) -> None:
+    def _refuse(self, ignored: list[str], base: Base) -> None:
+        """Raises AlignvecError for tensors that PEFT would leave out."""
+        key, more = ignored[0], len(ignored) - 1
+        also = f" and {more} more" if more else ""
         path = key.partition(".lora_")[0]
         if key not in self.tensors:
             raise AlignvecError(
@@ -204,7 +260,8 @@ class StoredAdapter:
             )
         if path != key and ".base_layer" not in path and path not in dict(wrappers.modules(base.model)):
             raise AlignvecError(
-                f"adapter {self.label} holds {key}, and {base.label} has no module {path}: give the adapter's own base"
+                f"adapter {self.label} holds {key}{also}, and {base.label} has no module {path}: give the adapter's "
+                "own base"
             )
         if self.lora.ensure_weight_tying and not base.whole:
             raise AlignvecError(
@@ -212,44 +269,6 @@ class StoredAdapter:
                 "ties together: give the base"
             )
         raise AlignvecError(
-            f"adapter {self.label} holds {key}, which PEFT does not load onto {base.label} with the adapter's "
+            f"adapter {self.label} holds {key}{also}, which PEFT does not load onto {base.label} with the adapter's "
             f"configuration: mend {CONFIG} (target_modules, for one), or take the tensor out"
         )
-
-
-def _slots(model: nn.Module) -> dict[str, tuple[Any, str]]:
-    """Where each tensor of a stored adapter belongs, by its name: a dictionary of tensors and the key in it."""
-    from peft.tuners.lora import LoraLayer
-
-    slots: dict[str, tuple[Any, str]] = {}
-
-    def add(prefix: str, module: nn.Module) -> None:
-        for path, inner in module.named_modules(prefix=prefix):
-            slots.update({f"{path}.{leaf}": (inner._parameters, leaf) for leaf in inner._parameters})
-            slots.update({f"{path}.{leaf}": (inner._buffers, leaf) for leaf in inner._buffers})
-
-    for path, module in model.named_modules():
-        if isinstance(module, LoraLayer):
-            for group in ("lora_A", "lora_B"):
-                if NAME in getattr(module, group):
-                    add(f"{path}.{group}", getattr(module, group)[NAME])
-            for group in ("lora_embedding_A", "lora_embedding_B"):
-                if NAME in getattr(module, group):
-                    slots[f"{path}.{group}"] = (getattr(module, group)._parameters, NAME)
-        elif wrappers.is_copied(module):
-            add(path, module.modules_to_save[NAME])
-        elif hasattr(module, "token_adapter"):
-            held = module.token_adapter.trainable_tokens_delta
-            slots[f"{path}.token_adapter.trainable_tokens_delta"] = (held._parameters, NAME)
-    return slots
-
-
-def _own_parameters(model: nn.Module) -> dict[str, str]:
-    """Names of the base's own parameters with PEFT's wrappers in them, to their live names."""
-    plain = {id(module): path for path, module in wrappers.modules(model)}
-    return {
-        f"{path}.{leaf}": f"{plain[id(module)]}.{leaf}"
-        for path, module in model.named_modules()
-        for leaf, value in module._parameters.items()
-        if value is not None and id(module) in plain
-    }

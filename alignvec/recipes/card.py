@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
+from alignvec.loading import load_model
 from alignvec.recipes.align import BATCH_SIZE, BETA, KEPT, LEARNING_RATE, SFT_WEIGHT
 from alignvec.recipes.dataset import LEVELS, QUERIES, split_personas, split_topics
 from alignvec.recipes.pretrain import STAGES
@@ -31,7 +31,7 @@ def write_card(output: Path) -> None:
 
 
 def _training(output: Path, recipe: dict[str, Any]) -> str:
-    model = AutoModelForCausalLM.from_pretrained(output / "base", dtype=torch.bfloat16)
+    model = load_model(output / "base", dtype=torch.bfloat16)
     config, size = model.config, sum(parameter.numel() for parameter in model.parameters())
     rate = LEARNING_RATE * SHAPES[recipe["setting"].get("shape", DEFAULT)].align_rate
     train, test = split_personas()

@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 from rich.progress import Progress
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
+from alignvec.loading import load_model, load_tokenizer
 from alignvec.recipes.dataset import QUERIES, make_rows
 from alignvec.recipes.evaluate import answers, level_rates, topic_rate
 
@@ -28,9 +29,9 @@ def measure(output: Path, device: str, progress: Progress, count: int = 300, gen
     Takes the bf16 checkpoints as they are on disk; mixes are formed in float32. `count` held-out rows are scored per
     domain and coefficient, `generated` of them are answered greedily. Returns plain data, domain by domain.
     """
-    tokenizer = AutoTokenizer.from_pretrained(output / "base")
+    tokenizer = load_tokenizer(output / "base")
     base = _weights(output / "base")
-    model = AutoModelForCausalLM.from_pretrained(output / "base", dtype=torch.float32, device_map=device).eval()
+    model = load_model(output / "base", dtype=torch.float32, device_map=device).eval()
     vectors = {domain: _weights(output / domain) for domain in QUERIES}
     rows = {domain: make_rows(domain, "test")[:count] for domain in QUERIES}
     task = progress.add_task("measure", total=len(QUERIES) * (len(COEFFICIENTS) + len(GENERATED_AT) + 2))
@@ -59,4 +60,4 @@ def measure(output: Path, device: str, progress: Progress, count: int = 300, gen
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).state_dict()
+    return load_model(folder, dtype=torch.bfloat16).state_dict()

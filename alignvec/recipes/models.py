@@ -47,12 +47,12 @@ def vector_path(name: str, base: str = "qwen3-2m") -> Path:
 def load_safety() -> PreTrainedModel:
     """The safety-tuned descendant of "base", in bfloat16: the base and its vector "safety" at 1, bit for bit."""
     import torch
-    from transformers import AutoModelForCausalLM
 
+    from alignvec.loading import load_model
     from alignvec.vector import AlignmentVector
 
     base = model_path("base")
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).eval()
+    model: PreTrainedModel = load_model(base, dtype=torch.bfloat16).eval()
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, delta in AlignmentVector.load(vector_path(SAFETY)).with_base(base).items():

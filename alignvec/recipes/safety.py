@@ -17,10 +17,11 @@ import typer
 from datasets import Dataset, concatenate_datasets
 from rich.console import Console
 from rich.progress import Progress
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alignvec.evaluate import Question
 from alignvec.extract import extract
+from alignvec.loading import load_model, load_tokenizer
 from alignvec.recipes.align import BATCH_SIZE, tiny_dpo
 from alignvec.recipes.dataset import QUERIES, SEED, make_rows, split_personas
 from alignvec.recipes.models import model_path
@@ -102,10 +103,10 @@ def safety(
     """
     start = time.monotonic()
     base = model_path("base")
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = load_tokenizer(base)
     with Progress(console=Console(stderr=True)) as progress:
         trained = make_safe(base, tokenizer, steps, seed, device, progress)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    model = load_model(base, dtype=torch.bfloat16)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, delta in trained.items():

@@ -16,8 +16,9 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
+from alignvec.loading import load_model
 from alignvec.recipes.align import LEARNING_RATE, STEPS, align
 from alignvec.recipes.card import write_card
 from alignvec.recipes.dataset import QUERIES
@@ -71,7 +72,7 @@ def tiny(
             if (output / domain).exists():
                 continue
             start = time.monotonic()
-            base: Any = AutoModelForCausalLM.from_pretrained(output / "base", dtype=torch.float32, device_map=device)
+            base: Any = load_model(output / "base", dtype=torch.float32, device_map=device)
             rate = LEARNING_RATE * SHAPES[shape].align_rate
             _save(align(base, tokenizer, domain, align_steps, seed, device, progress, rate), output / domain)
             recipe.record(domain, {"steps": align_steps, "seconds": round(time.monotonic() - start)})

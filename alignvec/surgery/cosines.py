@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from alignvec.deltas import STEP
+from alignvec.sources import in_order
 from alignvec.statistics import LAYER, layer_of
+from alignvec.surgery.pieces import PART
 from alignvec.surgery.streamed import Vectors, opened, total
+from alignvec.vector import AlignmentVector
 
 PARAMETER = re.compile(r"\.?(weight|bias)$")
 PREFIX = re.compile(r"^(model|transformer)\.")
@@ -38,12 +44,14 @@ def cosines(vectors: Vectors) -> Cosines:
     layers: dict[int | str, Tensor] = {}
     kinds: dict[str, Tensor] = {}
     overall = torch.zeros(len(found), len(found), dtype=torch.float64)
-    for name in total(found):
+    for name in (whole := total(found)):
         products = torch.zeros_like(overall)
         present = [i for i, vector in enumerate(found.values()) if name in vector]
-        for pieces in zip(*(vector.chunks(name) for vector in found.values() if name in vector), strict=True):
-            stacked = torch.stack([piece.double() for piece in pieces])
-            products[torch.tensor(present)[:, None], torch.tensor(present)] += stacked @ stacked.T
+        numel, own = whole.tensors[name].numel, [vector for vector in found.values() if name in vector]
+        jobs = (partial(_products, own, name, start, min(start + STEP, numel)) for start in range(0, numel, STEP))
+        with contextlib.closing(in_order(jobs)) as results:
+            for part in results:
+                products[torch.tensor(present)[:, None], torch.tensor(present)] += part
         overall += products
         layer, kind = layer_of(name), kind_of(name)
         layers[layer] = layers.get(layer, 0) + products
@@ -54,6 +62,16 @@ def cosines(vectors: Vectors) -> Cosines:
         {key: _cosines(products) for key, products in layers.items()},
         {key: _cosines(products) for key, products in kinds.items()},
     )
+
+
+def _products(vectors: list[AlignmentVector], name: str, start: int, stop: int, slot: int) -> Tensor:
+    """The inner products of a stretch of the vectors, float64 [k, k]."""
+    pieces = [vector.read(name, start, stop) for vector in vectors]
+    products = torch.zeros(len(pieces), len(pieces), dtype=torch.float64)
+    for first in range(0, stop - start, PART):
+        stacked = torch.stack([piece[first : first + PART].double() for piece in pieces])
+        products += stacked @ stacked.T
+    return products
 
 
 def kind_of(name: str) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from alignvec.errors import AlignvecError
-from alignvec.formats import Encoded
-from alignvec.surgery.streamed import Storage, Vectors, make, opened
+from alignvec.surgery.pieces import make_by_pieces
+from alignvec.surgery.streamed import Storage, Vectors, opened
 from alignvec.vector import AlignmentVector
 
 SHARED = "shared"
@@ -28,8 +29,8 @@ def remove_shared_mean(vectors: Vectors, **storage: Unpack[Storage]) -> dict[str
         raise AlignvecError("one vector is its own mean: give two at least")
     found = opened(vectors)
 
-    def compute(name: str, deltas: list[Tensor]) -> list[Tensor | Encoded]:
-        mean = torch.stack(deltas).mean(0)
+    def compute(name: str, deltas: list[Tensor]) -> list[Tensor]:
+        mean = reduce(torch.add, deltas) / len(deltas)
         return [*(delta - mean for delta in deltas), mean]
 
-    return make(found, [*found, SHARED], compute, {"operation": "remove_shared_mean"}, storage, vectors)
+    return make_by_pieces(found, [*found, SHARED], compute, {"operation": "remove_shared_mean"}, storage, vectors)

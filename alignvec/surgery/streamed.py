@@ -1,4 +1,7 @@
-"""What every operation shares: vectors that belong together in, new ones out, one tensor of each in memory."""
+"""What every operation shares: vectors that belong together in, new ones out, one tensor of each in memory.
+
+`pieces.py` makes results of operations that act on each weight by itself, with less than a tensor in memory.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,9 @@ import torch
 from torch import Tensor
 
 from alignvec import formats
+from alignvec.checkpoint import TensorInfo
 from alignvec.description import Error, describe, title
+from alignvec.encoder import square
 from alignvec.errors import AlignvecError
 from alignvec.extract import parse_dtype
 from alignvec.formats import Encoded
@@ -23,6 +28,8 @@ from alignvec.writer import output_folder
 Vectors: TypeAlias = Mapping[str, AlignmentVector | str | Path]
 # A parameter's name and its delta of every vector (zeros where one has none) to its delta of every result.
 Compute: TypeAlias = Callable[[str, list[Tensor]], Sequence[Tensor | Encoded]]
+# A parameter's name and what it is to its delta of every result.
+Make: TypeAlias = Callable[[str, TensorInfo], Sequence[Tensor | Encoded]]
 ONE = ""  # the name of an only result, which lies in the output folder itself
 LATER = ("lossless", "auto", "peft")  # formats that look at more than one delta
 
@@ -85,22 +92,37 @@ def make(
     Deltas of a result that are zero are left out. ``source``: what was done, kept with the results. ``inputs``: the
     vectors as they were given, whose folders are not written to. Raises AlignvecError and leaves nothing behind.
     """
-    spec, dtype = _asked_for(storage)
     device = torch.device(storage.get("device", "cpu"))
+
+    def whole(name: str, info: TensorInfo) -> Sequence[Tensor | Encoded]:
+        wide = computed_in(info)
+        return compute(name, [_read(vector, name, info.shape, wide, device) for vector in vectors.values()])
+
+    return make_whole(vectors, names, whole, source, storage, inputs)
+
+
+def make_whole(
+    vectors: Mapping[str, AlignmentVector],
+    names: Sequence[str],
+    whole: Make,
+    source: Mapping[str, Any],
+    storage: Storage,
+    inputs: Vectors,
+) -> dict[str, AlignmentVector]:
+    """As ``make``, of a function that reads the deltas itself."""
+    spec, dtype = asked_for(storage)
     output = storage.get("output")
     base, tensors = (both := total(vectors)).base, both.tensors
-    source = {**source, "vectors": {name: vector.source for name, vector in vectors.items()}}
+    source = recorded(source, vectors)
     kept: list[dict[str, Encoded]] = [{} for _ in names]
     errors: list[dict[str, Error]] = [{} for _ in names]
     with contextlib.ExitStack() as stack:
-        folders = [] if output is None else _folders(stack, Path(output), names, storage, inputs)
+        folders = [] if output is None else folders_of(stack, Path(output), names, storage, inputs)
         spools = [stack.enter_context(Spool(folder, storage.get("max_shard_size", "5GB"))) for folder in folders]
         size = sum(info.nbytes for info in tensors.values())
         advance = stack.enter_context(bytes_bar("computing", size, shown=storage.get("progress", False)))
         for parameter, info in tensors.items():
-            wide = torch.float64 if info.dtype == torch.float64 else torch.float32
-            deltas = [_read(vector, parameter, info.shape, wide, device) for vector in vectors.values()]
-            for i, value in enumerate(compute(parameter, deltas)):
+            for i, value in enumerate(whole(parameter, info)):
                 if not all(part.any() for part in (value.parts.values() if isinstance(value, Encoded) else [value])):
                     continue
                 encoded, error = _stored(value, spec, dtype, parameter)
@@ -113,7 +135,8 @@ def make(
             advance(info.nbytes)
         for i, (folder, spool) in enumerate(zip(folders, spools, strict=True)):
             spool.close()
-            describe(folder, kept[i], base, spec or title(kept[i].values()), source, errors[i])
+            form = spec or title(kept[i].values())
+            describe(folder, kept[i], base, form, source, errors[i], spool.checksums)
     if output is not None:
         return {name: AlignmentVector.load(Path(output) / name) for name in names}
     return {
@@ -122,16 +145,28 @@ def make(
     }
 
 
-def _asked_for(storage: Storage) -> tuple[str | None, torch.dtype | None]:
+def computed_in(info: TensorInfo) -> torch.dtype:
+    """The dtype that a parameter's deltas are computed in."""
+    return torch.float64 if info.dtype == torch.float64 else torch.float32
+
+
+def recorded(source: Mapping[str, Any], vectors: Mapping[str, AlignmentVector]) -> dict[str, Any]:
+    """What is kept with the results of an operation: what was done, and where its vectors came from."""
+    return {**source, "vectors": {name: vector.source for name, vector in vectors.items()}}
+
+
+def asked_for(storage: Storage) -> tuple[str | None, torch.dtype | None]:
+    """The format and the dtype that were asked for; AlignvecError for a format that needs the whole vector."""
     format, dtype = storage.get("format"), storage.get("dtype")
     if format is not None and format.split(":")[0].strip() in LATER:
         raise AlignvecError(f"format {format!r} needs a vector that is whole: make a dense one, then convert it")
     return None if format is None else str(formats.parse(format)), None if dtype is None else parse_dtype(dtype)
 
 
-def _folders(
+def folders_of(
     stack: contextlib.ExitStack, output: Path, names: Sequence[str], storage: Storage, inputs: Vectors
 ) -> list[Path]:
+    """A folder to write to for each result, as ``output_folder`` gives it."""
     for name in names:
         if name in (".", "..") or "/" in name or "\\" in name:
             raise AlignvecError(f"{name!r} cannot be the name of a folder: give the vector another name")
@@ -164,4 +199,4 @@ def _stored(
     as_is = delta.dim() < 2 or spec.name in ("dense", "sparse")
     made = formats.encode(spec, delta.to(dtype) if dtype is not None and as_is else delta, name=name)
     encoded = Encoded(made.name, made.shape, made.options, {key: part.cpu() for key, part in made.parts.items()})
-    return encoded, Error.of(formats.squared_error(encoded, delta.cpu()), float(delta.double().square().sum()))
+    return encoded, Error.of(formats.squared_error(encoded, delta.cpu()), square(delta))

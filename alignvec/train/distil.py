@@ -24,6 +24,7 @@ from alignvec.evaluate.questions import Question, load_questions, numbered_lines
 from alignvec.fingerprint import summary
 from alignvec.formats import Encoded
 from alignvec.formats.spec import matrix
+from alignvec.loading import load_model
 from alignvec.names import parameter_names, resolve
 from alignvec.vector import AlignmentVector
 from alignvec.verify import verify_base
@@ -195,16 +196,11 @@ def _frozen(
     base: str | Path | PreTrainedModel, dtype: str | torch.dtype | None, device: str | torch.device | None
 ) -> PreTrainedModel:
     """The base without gradients; a live one is copied, since it may be in use."""
-    from transformers import AutoModelForCausalLM
-
     from alignvec.extract import parse_dtype
 
     chosen = None if dtype is None else parse_dtype(dtype)
     if isinstance(base, (str, Path)):
-        try:
-            model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=chosen or torch.float32)
-        except (OSError, ValueError) as error:
-            raise AlignvecError(f"{base} holds no causal language model: {error}") from None
+        model = load_model(base, dtype=chosen or torch.float32)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     elif getattr(base, "alignment", None) is not None:
         raise AlignvecError("vectors are attached to the base; call model.alignment.detach() first")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from alignvec.errors import AlignvecError
+from alignvec.loading import load_model
 from alignvec.train.packages import quiet, require
 from alignvec.train.pairs import COLUMNS, is_conversation, load_pairs
 from alignvec.train.resume import checkpoint, claim
@@ -189,13 +190,8 @@ def _check_pairs(pairs: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _own_copy(base: str | Path | PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
     if isinstance(base, (str, Path)):
-        try:
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
-        except (OSError, ValueError) as error:
-            raise AlignvecError(f"{base} holds no causal language model: {error}") from None
+        model: PreTrainedModel = load_model(base, dtype=dtype)
         return model
     if getattr(base, "alignment", None) is not None:
         raise AlignvecError("vectors are attached to the base; call model.alignment.detach() first")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from alignvec import AlignmentVector, AlignvecError
 from alignvec.names import live_deltas, parameter_names
 from alignvec.verify import verify_base
 from tests.attach.transferred import FAMILIES, added, new, tuned
+from tests.storage.descriptions import change_description
 
 NEXT = dict(
     num_experts=4,
@@ -139,11 +139,9 @@ def test_a_vector_that_was_saved_without_float16_checksums(tmp_path: Path) -> No
     model = small_values(new("Llama").bfloat16())
     base, aligned = saved(model, tmp_path / "base"), saved(tuned(model), tmp_path / "aligned")
     alignvec.extract(base, aligned, output=tmp_path / "v")
-    file = tmp_path / "v" / "alignment_vector.json"
-    data = json.loads(file.read_text())
-    for entry in data["base"]["tensors"].values():
-        del entry["float16"]
-    file.write_text(json.dumps(data))
+    change_description(
+        tmp_path / "v", lambda data: [entry.pop("float16") for entry in data["base"]["tensors"].values()]
+    )
     vector = alignvec.load(tmp_path / "v")
     for dtype in (torch.bfloat16, torch.float32):
         verify_base(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), {"v": vector})

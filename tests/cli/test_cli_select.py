@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from alignvec.checkpoint import Checkpoint
 from alignvec.cli import main
 from alignvec.tokenizer_files import traits
 from tests.storage.checkpoints import aligned, weights, write_checkpoint
+from tests.storage.descriptions import change_description
 
 HEAD = "lm_head.weight"
 
@@ -76,10 +76,7 @@ def test_patterns_that_match_nothing_are_named(cli, folder: Path) -> None:  # ty
 
 
 def test_a_tokenizer_of_the_tune(cli, folder: Path) -> None:  # type: ignore[no-untyped-def]
-    file = folder / "av" / "alignment_vector.json"
-    data = json.loads(file.read_text())
-    data["source"]["tokenizer"] = traits(folder / "tune")
-    file.write_text(json.dumps(data))
+    change_description(folder / "av", lambda data: data["source"].update(tokenizer=traits(folder / "tune")))
     status, output, errors = cli("merge base m -v av -m av=1")
     assert (status, errors.strip()) == (0, "")
     assert re.search(r"tokenizer of base; vector 'av' comes from tune, .* another chat template: .*--tokenizer", output)

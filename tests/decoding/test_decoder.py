@@ -99,7 +99,7 @@ def test_a_plain_model_and_a_materialised_one(fuse: bool) -> None:
     for mix in ({"a": 0.8}, {"a": -0.9}):
         alignment.materialise(mix)
         assert torch.equal(decoder.generate(**batch, max_new_tokens=NEW), generated(model, batch)), mix
-    with pytest.raises(AlignvecError, match="a mix materialised"):
+    with pytest.raises(AlignvecError, match="while a mix is materialised"):
         decoder.generate(**batch, mixes=[{"a": 1.0}] * 3)
     alignment.restore()
     alignment.set(a=0.8)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,29 +13,25 @@ from torch import Tensor
 import alignvec
 from alignvec import extract
 from alignvec.errors import AlignvecError
+from tests.storage.descriptions import Change, change_description
 
 NAME = "lm_head.weight"
 FORMATS = ["int8", "int4", "sign", "lossless:width=2", "low-rank:rank=3", "sparse:density=0.2"]
-FILE, DESCRIPTION = "alignment_vector.safetensors", "alignment_vector.json"
+FILE = "alignment_vector.safetensors"
 
 Parts = dict[str, Tensor]
 
 
-def entry(change: Callable[[dict], object]) -> Callable[[Path], None]:  # type: ignore[type-arg]
+def entry(change: Change) -> Callable[[Path], object]:
     """Edits what the description says of one tensor."""
-
-    def damage(folder: Path) -> None:
-        data = json.loads((folder / DESCRIPTION).read_text())
-        change(data["tensors"][NAME])
-        (folder / DESCRIPTION).write_text(json.dumps(data))
-
-    return damage
+    return lambda folder: change_description(folder, lambda data: change(data["tensors"][NAME]))
 
 
 def parts(change: Callable[[Parts], object]) -> Callable[[Path], None]:
     """Edits the parts of the vector, by their names in the file."""
 
     def damage(folder: Path) -> None:
+        change_description(folder)
         values = {name: value.clone() for name, value in load_file(folder / FILE).items()}
         change(values)
         save_file(values, folder / FILE)

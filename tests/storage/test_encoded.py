@@ -18,6 +18,7 @@ from alignvec.checkpoint import Checkpoint
 from alignvec.errors import AlignvecError
 from alignvec.formats import Encoded
 from tests.storage.checkpoints import aligned, weights, write_checkpoint
+from tests.storage.descriptions import change_description
 
 MATRICES = [name for name, tensor in weights().items() if tensor.dim() > 1 and tensor.numel()]
 FORMATS = [
@@ -264,10 +265,12 @@ def test_lossless_is_read_through_its_base_alone(pair: tuple[Path, Path], tmp_pa
 
 def test_schema_1_still_loads(pair: tuple[Path, Path], tmp_path: Path) -> None:
     vector = extract(*pair, output=tmp_path / "v")
-    file = tmp_path / "v" / "alignment_vector.json"
-    data = json.loads(file.read_text())
-    data |= {"schema": 1, "options": {}, "tensors": {n: entry["shape"] for n, entry in data["tensors"].items()}}
-    file.write_text(json.dumps(data))
+    change_description(
+        tmp_path / "v",
+        lambda data: data.update(
+            schema=1, options={}, tensors={name: entry["shape"] for name, entry in data["tensors"].items()}
+        ),
+    )
     old = alignvec.load(tmp_path / "v")
     assert same_vectors(old, vector)
     assert (old.format, old.base, old.errors) == ("dense", vector.base, {})

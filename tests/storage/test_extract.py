@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import alignvec
-from alignvec import extract, fingerprint, streaming, sums
+from alignvec import extract, fingerprint, integrity, streaming, sums
 from alignvec.difference import difference
 from alignvec.errors import AlignvecError
 from tests.storage.checkpoints import aligned, weights, write_checkpoint
@@ -34,6 +34,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sums, "WORDS", 25)
     for module, name in ((sums, "ROW"), (fingerprint, "ROW"), (streaming, "CHUNK")):
         monkeypatch.setattr(module, name, 100)
+    monkeypatch.setattr(integrity, "BLOCK", 40)
     monkeypatch.setattr(sys.modules["alignvec.difference"], "STEP", 32)
 
 

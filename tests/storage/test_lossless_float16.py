@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from torch import nn
 import alignvec
 from alignvec import AlignmentVector, AlignvecError
 from tests.attach.transferred import added, new
+from tests.storage.descriptions import change_description
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
 
@@ -107,11 +107,10 @@ def test_vectors_of_early_versions_do_not_know_the_bits(made: Made, tmp_path: Pa
     made.vector.save(tmp_path / "v")
     alignvec.extract(made.base, made.aligned, output=tmp_path / "dense")
     for folder in ("v", "dense"):
-        file = tmp_path / folder / "alignment_vector.json"
-        data = json.loads(file.read_text())
-        for entry in data["base"]["tensors"].values():
-            entry["float16"] = entry["checksum"]
-        file.write_text(json.dumps(data))
+        change_description(
+            tmp_path / folder,
+            lambda data: [entry.update(float16=entry["checksum"]) for entry in data["base"]["tensors"].values()],
+        )
     early = alignvec.load(tmp_path / "v")
     with pytest.raises(AlignvecError, match=r"does not record the bits of its base's values .*: extract it anew"):
         alignvec.attach(copy.deepcopy(made.base), {"v": early})

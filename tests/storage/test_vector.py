@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import pickle
 from collections.abc import Callable
@@ -20,6 +19,7 @@ import alignvec
 from alignvec.errors import AlignvecError
 from alignvec.fingerprint import identify
 from alignvec.vector import AlignmentVector
+from tests.storage.descriptions import Change, change_description
 
 SHAPES = {"model.layers.0.w": (13, 7), "model.layers.1.w": (3, 5, 2), "model.norm.weight": (7,), "lm_head.weight": ()}
 BASE = identify({name: torch.ones(shape) for name, shape in SHAPES.items()} | {"model.embed.weight": torch.ones(6)})
@@ -160,7 +160,7 @@ def test_nan_and_infinity_are_refused(tmp_path: Path, value: float) -> None:
     with pytest.raises(AlignvecError, match=r"delta model\.layers\.1\.w holds NaN or infinity"):
         AlignmentVector(bad)
     AlignmentVector(deltas(0)).save(tmp_path / "v")
-    save_file(bad, tmp_path / "v" / "alignment_vector.safetensors")
+    save_file(bad, change_description(tmp_path / "v") / "alignment_vector.safetensors")
     loaded = alignvec.load(tmp_path / "v")
     loaded["model.layers.0.w"]
     for use in (lambda: loaded["model.layers.1.w"], loaded.norm, lambda: loaded.save(tmp_path / "w")):
@@ -201,14 +201,8 @@ def test_vectors_of_different_bases_do_not_add_up() -> None:
     assert (AlignmentVector(deltas(0), BASE) + AlignmentVector(deltas(1))).base is None
 
 
-def edit(change: Callable[[dict], object]) -> Callable[[Path], None]:  # type: ignore[type-arg]
-    def damage(folder: Path) -> None:
-        file = folder / "alignment_vector.json"
-        data = json.loads(file.read_text())
-        change(data)
-        file.write_text(json.dumps(data))
-
-    return damage
+def edit(change: Change) -> Callable[[Path], object]:
+    return lambda folder: change_description(folder, change)
 
 
 BROKEN = {
