@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from alignvec import formats
-from alignvec.deltas import STEP, BaseValues
+from alignvec.deltas import BaseValues
 from alignvec.description import Error, describe
-from alignvec.errors import AlignvecError
-from alignvec.formats import Encoded, Spec, auto, sparse
+from alignvec.encoder import Encoder
+from alignvec.formats import Encoded, Spec, auto
 from alignvec.progress import bytes_bar
-from alignvec.sources import Source, in_order
+from alignvec.sources import Source
 from alignvec.spool import Spool
 from alignvec.vector import AlignmentVector
 
@@ -86,16 +84,16 @@ def encode_all(
     which lossless needs; default: what the vector is bound to. ``aligned``: the aligned model, where there is one:
     lossless then keeps its bits. Sparse by TIES, and auto, look at all deltas before the first is encoded.
     """
-    run = _Run(vector, kept, vector.base_values if base is None else base, aligned)
+    encoder = Encoder(vector, kept, vector.base_values if base is None else base, aligned)
     total = sum(info.nbytes for info in vector.tensors.values())
     with bytes_bar("measuring", total, shown=progress and str(format).startswith("auto:")) as advance:
-        specs = run.specs(format, advance)
+        specs = encoder.specs(format, advance)
     with bytes_bar("encoding", total, shown=progress) as advance:
         for name, info in vector.tensors.items():
             if _has(vector.format_of(name), specs[name]):
                 yield name, vector.encoded(name), vector.errors.get(name)
             else:
-                yield name, *run.encode(name, specs[name])
+                yield name, *encoder.encode(name, specs[name])
             advance(info.nbytes)
 
 
@@ -104,114 +102,3 @@ def _has(found: Spec, asked: Spec) -> bool:
     return found.name == asked.name != "dense" and all(
         value in (0, "", found.options.get(key)) for key, value in asked.options.items()
     )
-
-
-class _Run:
-    def __init__(
-        self,
-        vector: AlignmentVector,
-        kept: Mapping[str, torch.dtype],
-        base: BaseValues | None,
-        aligned: Source | None,
-    ) -> None:
-        self.vector, self.kept, self.base, self.aligned = vector, kept, base, aligned
-
-    def specs(self, format: str | None, advance: Callable[[int], None]) -> dict[str, Spec]:
-        """Which format each tensor gets."""
-        if format is None:
-            return {name: self.vector.format_of(name) for name in self.vector}
-        share = auto.fraction(format)
-        if share is None:
-            spec = formats.parse(format)
-            if spec.options.get("method") == "ties" and not spec.options["threshold"]:
-                least = sparse.threshold(self._matrices, float(spec.options["density"]))
-                spec = Spec(spec.name, {**spec.options, "threshold": least})
-            return dict.fromkeys(self.vector.names, spec)
-        choices = {}
-        for name, info in self.vector.tensors.items():
-            delta, base, aligned = self._values(name, lossless=self.base is not None)
-            choices[name] = auto.measure(delta.to(self.kept[name]), base, name, aligned=aligned)
-            advance(info.nbytes)
-        dense = sum(info.numel * self.kept[name].itemsize for name, info in self.vector.tensors.items())
-        return auto.choose(choices, int(share * dense))
-
-    def encode(self, name: str, spec: Spec) -> tuple[Encoded, Error]:
-        lossless = spec.name == "lossless"
-        delta, base, aligned = self._values(name, lossless)
-        stored = delta
-        if delta.dim() < 2 or not delta.numel() or spec.name in ("dense", "sparse"):
-            stored = delta.to(self.kept[name])
-            if lossless and base is not None and aligned is not None:
-                stored = exact_delta(name, base, aligned)
-        encoded = formats.encode(spec, stored, base, name, aligned=aligned)
-        if encoded.name == "lossless":
-            return encoded, Error.of(0.0, square(delta), name)
-        return encoded, Error.of(formats.squared_error(encoded, delta), square(delta), name)
-
-    def _values(self, name: str, lossless: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The delta in float32 (or wider); for lossless the base and, where there is one, the aligned tensor, too."""
-        info = self.vector.tensors[name]
-        if not lossless:
-            return _whole(self.vector.read, name, info.numel, info.dtype).view(info.shape), None, None
-        there = None if self.base is None else self.base.info(name)
-        if self.base is None or there is None:
-            raise AlignvecError(f"lossless stores steps from the base's values, and none is known for {name}: give it")
-        base = _whole(self.base.read, name, info.numel, there.dtype).view(info.shape)
-        if self.aligned is None:
-            return _whole(self.vector.read, name, info.numel, info.dtype).view(info.shape), base, None
-        after = self.aligned.tensors[name].dtype
-        aligned = _whole(self.aligned.read, name, info.numel, after).view(info.shape)
-        return aligned.to(info.dtype) - base, base, aligned
-
-    def _matrices(self) -> Iterator[Callable[[], Tensor]]:
-        """What reads pieces of the deltas that sparse would store, in the dtype that it would store."""
-        for name, info in self.vector.tensors.items():
-            if len(info.shape) > 1:
-                for start in range(0, info.numel, STEP):
-                    yield partial(self._piece, name, start, min(start + STEP, info.numel))
-
-    def _piece(self, name: str, start: int, stop: int) -> Tensor:
-        return self.vector.read(name, start, stop).to(self.kept[name])
-
-
-def _whole(read: Callable[[str, int, int], Tensor], name: str, numel: int, dtype: torch.dtype) -> Tensor:
-    """A tensor, flat, its pieces read by several threads."""
-    out = torch.empty(numel, dtype=dtype)
-
-    def job(slot: int, start: int, stop: int) -> None:
-        out[start:stop] = read(name, start, stop)
-
-    for _ in in_order(partial(job, start=start, stop=min(start + STEP, numel)) for start in range(0, numel, STEP)):
-        pass
-    return out
-
-
-def square(delta: Tensor) -> float:
-    """The sum of a delta's squares, in float64."""
-    flat = delta.reshape(-1)
-    return sum(float(flat[start : start + STEP].double().square().sum()) for start in range(0, flat.numel(), STEP))
-
-
-def exact_delta(name: str, base: Tensor, aligned: Tensor) -> Tensor:
-    """A dense delta from which ``restored`` gives the aligned tensor bit for bit, in the base's dtype if that will do,
-    else in float32 or float64.
-
-    A zero that changed its sign is told by the smallest number there is, which rounds to that zero.
-    """
-    for dtype in (base.dtype, torch.float32, torch.float64):
-        delta = aligned.to(dtype) - base.to(dtype)
-        least = torch.tensor(torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps, dtype=dtype)
-        flipped = (base == 0) & (aligned == 0) & (base.signbit() != aligned.signbit())
-        delta = torch.where(flipped, torch.copysign(least, aligned.to(dtype)), delta)
-        words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[aligned.dtype.itemsize]
-        if torch.equal(restored(base, delta).view(words), aligned.view(words)):
-            return delta
-    raise AlignvecError(
-        f"no dense delta leads {name} from the base to the aligned model bit for bit: choose another format"
-    )
-
-
-def restored(base: Tensor, delta: Tensor) -> Tensor:
-    """``base + delta`` in the base's dtype, where the delta is zero the base's own bits."""
-    wide = torch.promote_types(torch.float32, delta.dtype)
-    return torch.where(delta == 0, base, (base.to(wide) + delta.to(wide)).to(base.dtype))

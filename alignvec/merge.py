@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from alignvec.checkpoint import Checkpoint, TensorInfo, read_json
 from alignvec.deltas import require_finite
-from alignvec.encoding import restored
 from alignvec.errors import AlignvecError
+from alignvec.exact import restored
 from alignvec.extract import CHUNK, parse_dtype
 from alignvec.fingerprint import dtype_name
 from alignvec.inputs import read_from

@@ -10,7 +10,7 @@ refuse `validate` (of option values) and `check` (of what the parts hold).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import ModuleType
 
 import torch
@@ -20,7 +20,7 @@ from alignvec.errors import AlignvecError
 from alignvec.formats import dense, integer, lossless, low_rank, sign, sparse
 from alignvec.formats.spec import Encoded, Option, Spec, blocks, finite, matrix
 
-__all__ = ["FORMATS", "Encoded", "Spec", "check", "decode", "encode", "layout", "parse", "squared_error"]
+__all__ = ["FORMATS", "Encoded", "Spec", "check", "decode", "encode", "joined", "layout", "parse", "squared_error"]
 
 Layout = dict[str, tuple[torch.dtype | tuple[torch.dtype, ...], tuple[int | None, ...]]]
 
@@ -107,6 +107,27 @@ def decode(encoded: Encoded, base: Tensor | None = None, rows: slice | None = No
     return decoded.reshape(encoded.shape) if rows is None else decoded
 
 
+def joined(pieces: Iterable[Encoded], shape: tuple[int, ...], name: str = "") -> Encoded:
+    """A parameter of this shape from stretches of its rows, in their order, all in one format that looks at each row
+    alone: dense, int8, int4, sign, lossless. A piece may go once the next one is asked for."""
+    rows, row = matrix(shape)[0], 0
+    parts: dict[str, Tensor] = {}
+    side: dict[str, list[Tensor]] = {}  # what lossless lists, of one dimension
+    for piece in pieces:
+        stop = row + matrix(piece.shape)[0]
+        for part, values in piece.parts.items():
+            if values.dim() < 2:
+                side.setdefault(part, []).append(values)
+                continue
+            if part not in parts:
+                parts[part] = values.new_empty(rows, values.shape[1])
+            parts[part][row:stop] = values
+        row, kind, options = stop, piece.name, piece.options
+    if kind == "lossless":
+        parts |= lossless.joined(side, name)
+    return Encoded(kind, shape, options, {"": parts[""].view(shape)} if kind == "dense" else parts)
+
+
 def layout(name: str, shape: tuple[int, ...], options: Mapping[str, Option]) -> Layout:
     """What a file has to hold: part to dtype (or those allowed) and shape, None for a size that depends on the data.
 
@@ -150,7 +171,8 @@ def squared_error(encoded: Encoded, delta: Tensor, base: Tensor | None = None) -
     total = 0.0
     for part in blocks(rows, cols):
         decoded = decode(encoded, None if base is None else base[part], part)
-        total += float((decoded.double() - delta[part].double()).square().sum())
+        error = (decoded.double() - delta[part].double()).view(-1)
+        total += float(torch.dot(error, error))
     return total
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from alignvec import formats
 from alignvec.errors import AlignvecError
-from alignvec.formats.spec import Spec
+from alignvec.formats import lossless
+from alignvec.formats.spec import Spec, matrix
 
 # Cheapest first, as a rule. Low ranks pay where alignment changed few directions, and below one bit a weight.
 CANDIDATES = (
@@ -49,27 +50,28 @@ def fraction(text: str) -> float | None:
     return share
 
 
-def measure(
-    delta: Tensor, base: Tensor | None = None, name: str = "", *, aligned: Tensor | None = None
-) -> list[Choice]:
-    """What each of CANDIDATES makes of one delta, given in the dtype that `dense` would keep.
+def candidates(dimensions: int) -> list[Spec]:
+    """The formats that a delta of so many dimensions may get."""
+    return [formats.parse(text) for text in (CANDIDATES if dimensions > 1 else ("dense",))]
 
-    `lossless` is among them only where base and aligned are a 16-bit pair.
+
+def measure(
+    spec: Spec, delta: Tensor, base: Tensor | None = None, name: str = "", *, aligned: Tensor | None = None
+) -> Choice | None:
+    """What a format makes of one delta, given in the dtype that `dense` would keep.
+
+    None where it cannot hold the delta: `lossless` takes a 16-bit pair of base and aligned, and a low rank or a scale
+    of very large values can leave the numbers' range.
     """
-    choices: list[Choice] = []
-    for text in CANDIDATES if delta.dim() > 1 else ("dense",):
-        spec = formats.parse(text)
+    if spec.name == "lossless" and delta.numel():
+        rows, cols = matrix(tuple(delta.shape))
         try:
-            encoded = formats.encode(spec, delta, base, name, aligned=aligned)
+            return spec, lossless.nbytes(lossless.far(delta, base, aligned, name), rows, cols), 0.0
         except AlignvecError:
-            if spec.name == "lossless":
-                continue
-            raise
-        exact = encoded.name in ("dense", "lossless")
-        error = 0.0 if exact else formats.squared_error(encoded, delta, base)
-        if math.isfinite(error):  # what overflows when it is read back is no choice
-            choices.append((spec, encoded.nbytes, error))
-    return choices
+            return None
+    encoded = formats.encode(spec, delta, base, name, aligned=aligned)
+    error = 0.0 if encoded.name == "dense" else formats.squared_error(encoded, delta, base)
+    return (spec, encoded.nbytes, error) if math.isfinite(error) else None
 
 
 def choose(errors_and_bytes: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, Spec]:

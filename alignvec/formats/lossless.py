@@ -10,7 +10,7 @@ bytes each (6 in rows of more than 65536), listed by row and column, and 4 bytes
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -34,56 +34,81 @@ def validate(spec: Spec) -> None:
 
 def encode(spec: Spec, delta: Tensor, base: Tensor | None, aligned: Tensor | None, name: str) -> Encoded:
     """Needs `base`; without `aligned` that is base + delta, and delta has to be their difference exactly."""
-    (rows, cols), shape = matrix(tuple(delta.shape)), tuple(delta.shape)
-    if base is None:
-        raise AlignvecError(f"format lossless needs the base's values of {name}")
-    for tensor in (base,) if aligned is None else (base, aligned):
-        if tensor.dtype != base.dtype or tensor.dtype not in DTYPES.values():
-            raise AlignvecError(
-                f"{name} is {tensor.dtype}: lossless stores pairs of bfloat16, or of float16, checkpoints"
-            )
-    pair = _Pair(
-        delta.reshape(rows, cols),
-        base.reshape(rows, cols),
-        None if aligned is None else aligned.reshape(rows, cols),
-        name,
-    )
-    width = int(spec.options["width"]) or _width(pair, rows, cols)
-    options: dict[str, Option] = {"width": width, "dtype": str(base.dtype).removeprefix("torch.")}
+    pair, shape = _pair(delta, base, aligned, name), tuple(delta.shape)
+    rows, cols = matrix(shape)
+    width = int(spec.options["width"]) or narrowest(pair.far(), rows, cols)
+    options: dict[str, Option] = {"width": width, "dtype": str(pair.base.dtype).removeprefix("torch.")}
     half = 1 << (width - 1)
     packed = torch.empty(rows, bits.row_bytes(cols, width), dtype=torch.uint8, device=delta.device)
-    start = torch.zeros(rows + 1, dtype=torch.int64, device=delta.device)
+    count = torch.zeros(rows, dtype=torch.int64, device=delta.device)
     columns, own = [], []
     for block, aligned, step in pair:
-        far = (step < -half) | (step >= half)
-        where = far.view(-1).nonzero().view(-1)
-        start[1:][block] = torch.bincount(where // cols, minlength=len(step))
+        where = (_reach(step) >= half).view(-1).nonzero().view(-1)
+        count[block] = torch.bincount(where // cols, minlength=len(step))
         columns.append((where % cols).to(_columns(cols)))
         own.append(aligned.view(torch.int16).view(-1)[where])
         step.view(-1)[where] = 0
         packed[block] = bits.pack(step.add_(half).to(torch.uint8), width)
-    start = start.cumsum(0)
-    if int(start[-1]) > MOST_ASIDE:
-        raise AlignvecError(f"{name} has too many large steps for lossless: choose another format")
-    side = {"side_start": start.to(torch.int32), "side_columns": torch.cat(columns), "side_bits": torch.cat(own)}
+    side = {"side_start": _starts(count, name), "side_columns": torch.cat(columns), "side_bits": torch.cat(own)}
     return Encoded("lossless", shape, options, {"steps": packed, **side})
 
 
-class _Pair:
-    """The aligned weights and the steps to them, int32, some rows at a time; iterating again computes them again."""
+def far(delta: Tensor | None, base: Tensor | None, aligned: Tensor | None, name: str) -> Tensor:
+    """How many steps do not fit fields of 1, 2, ... 8 bits: int64 [8]. Of `delta` and `aligned` one is enough."""
+    return _pair(delta, base, aligned, name).far()
 
-    def __init__(self, delta: Tensor, base: Tensor, aligned: Tensor | None, name: str) -> None:
-        self.delta, self.base, self.aligned, self.name = delta, base, aligned, name
+
+def narrowest(far: Tensor, rows: int, cols: int) -> int:
+    """The width that takes the fewest bytes where `far` says how many steps do not fit fields of 1 to 8 bits."""
+    aside, counts = _columns(cols).itemsize + 2, far.tolist()
+    return min(WIDTHS, key=lambda width: rows * bits.row_bytes(cols, width) + aside * counts[width - 1])
+
+
+def nbytes(far: Tensor, rows: int, cols: int) -> int:
+    """Bytes of a tensor in that width."""
+    width = narrowest(far, rows, cols)
+    aside = _columns(cols).itemsize + 2
+    return rows * bits.row_bytes(cols, width) + aside * int(far[width - 1]) + 4 * (rows + 1)
+
+
+def joined(side: Mapping[str, Sequence[Tensor]], name: str) -> dict[str, Tensor]:
+    """The side table of a tensor from those of its rows, in their order, encoded in the same width."""
+    count = torch.cat([start.diff() for start in side["side_start"]])
+    return {"side_start": _starts(count, name)} | {
+        part: torch.cat(list(side[part])) for part in ("side_columns", "side_bits")
+    }
+
+
+def _starts(count: Tensor, name: str) -> Tensor:
+    """Where the side table's entries of each row begin, and where the last ones end, from how many each row has."""
+    start = torch.cat([count.new_zeros(1), count]).cumsum(0, dtype=torch.int64)
+    if int(start[-1]) > MOST_ASIDE:
+        raise AlignvecError(f"{name} has too many large steps for lossless: choose another format")
+    return start.to(torch.int32)
+
+
+class _Pair:
+    """The aligned weights and the steps to them, int16, some rows at a time; iterating again computes them again.
+
+    A step beyond int16 wraps and stays a large one: from the lowest number to the largest it is less than 2^16 - 256.
+    """
+
+    def __init__(self, delta: Tensor | None, aligned: Tensor | None, base: Tensor, name: str) -> None:
+        self.delta, self.aligned, self.base, self.name = delta, aligned, base, name
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         for block in blocks(*self.base.shape):
-            base = self.base[block]
             aligned = self._sum(block) if self.aligned is None else self.aligned[block].contiguous()
-            if not (finite(base) and finite(aligned)):
+            before, after = ordered(self.base[block]), ordered(aligned)
+            if not (_numbers(before, aligned.dtype) and _numbers(after, aligned.dtype)):
                 raise AlignvecError(f"{self.name} holds NaN or infinity in the base or the aligned checkpoint")
-            yield block, aligned, steps(base, aligned)
+            yield block, aligned, after.sub_(before)
+
+    def far(self) -> Tensor:
+        return torch.stack([beyond(_reach(step)) for _, _, step in self]).sum(0)
 
     def _sum(self, block: slice) -> Tensor:
+        assert self.delta is not None
         base, delta = self.base[block], self.delta[block]
         aligned = (base.double() + delta.double()).to(base.dtype)
         if not torch.equal(aligned.float() - base.float(), delta.float()):
@@ -94,16 +119,34 @@ class _Pair:
         return aligned.contiguous()
 
 
-def _width(pair: _Pair, rows: int, cols: int) -> int:
-    far = torch.stack([beyond(torch.where(step < 0, -1 - step, step)) for _, _, step in pair]).sum(0).tolist()
-    aside = _columns(cols).itemsize + 2
-    return min(WIDTHS, key=lambda width: rows * bits.row_bytes(cols, width) + aside * far[width - 1])
+def _pair(delta: Tensor | None, base: Tensor | None, aligned: Tensor | None, name: str) -> _Pair:
+    if base is None:
+        raise AlignvecError(f"format lossless needs the base's values of {name}")
+    for tensor in (base,) if aligned is None else (base, aligned):
+        if tensor.dtype != base.dtype or tensor.dtype not in DTYPES.values():
+            raise AlignvecError(
+                f"{name} is {tensor.dtype}: lossless stores pairs of bfloat16, or of float16, checkpoints"
+            )
+    size = matrix(tuple(base.shape))
+    delta, aligned = (None if tensor is None else tensor.reshape(size) for tensor in (delta, aligned))
+    return _Pair(delta, aligned, base.reshape(size), name)
+
+
+def _reach(step: Tensor) -> Tensor:
+    """step, or -1 - step of a negative one: below 2^(width-1) where a field of `width` bits holds the step."""
+    return step ^ (step >> 15)
 
 
 def beyond(reach: Tensor) -> Tensor:
-    """How many of some numbers >= 0 (int32) are at least 1, 2, 4, ... 128: int64 [8]."""
-    counts = torch.bincount(reach.clamp(max=128).view(-1), minlength=129)
-    return counts.flip(0).cumsum(0).flip(0)[[1 << i for i in range(8)]]
+    """How many of some integers >= 0 are at least 1, 2, 4, ... 128: int32 [8]."""
+    return torch.stack([(reach >> place).clamp_(max=1).sum(dtype=torch.int32) for place in range(8)])
+
+
+def _numbers(order: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the numbers of this order (`ordered`, int16) are all finite."""
+    largest = torch.tensor(torch.finfo(dtype).max, dtype=dtype).view(torch.int16).item()
+    lowest, highest = (int(end) for end in order.aminmax())
+    return -largest - 1 <= lowest and highest <= largest
 
 
 def _columns(cols: int) -> torch.dtype:
@@ -118,7 +161,10 @@ def steps(base: Tensor, aligned: Tensor) -> Tensor:
 def ordered(values: Tensor) -> Tensor:
     """The bits of 16-bit floats as int16 in the order of the numbers; -0.0 comes right before 0.0."""
     h = values.contiguous().view(torch.int16)
-    return h ^ ((h >> 15) & 0x7FFF)
+    order = h >> 15
+    order &= 0x7FFF
+    order ^= h
+    return order
 
 
 def apply(encoded: Encoded, base: Tensor, rows: slice | None = None) -> Tensor:
@@ -133,19 +179,20 @@ def apply(encoded: Encoded, base: Tensor, rows: slice | None = None) -> Tensor:
         raise AlignvecError(
             f"this lossless delta is of a {dtype} base {[stop - start, cols]}, not of {base.dtype} {list(base.shape)}"
         )
-    bounds = torch.tensor(torch.finfo(dtype).max, dtype=dtype).view(torch.int16).item()
     out = torch.empty(stop - start, cols, dtype=dtype, device=base.device)
     base = base.reshape(stop - start, cols)
     for block in blocks(stop - start, cols):
         own = slice(start + block.start, start + block.stop)
-        number = ordered(base[block]).to(torch.int32) + bits.unpack(encoded.parts["steps"][own], width, cols)
-        number -= 1 << (width - 1)
-        if number.numel() and not (-bounds - 1 <= number.amin() and number.amax() <= bounds):
-            raise AlignvecError(
-                "a lossless delta leads out of the numbers' range: it was encoded against a different base"
-            )
-        h = number.to(torch.int16)
-        h ^= (h >> 15) & 0x7FFF
+        number = ordered(base[block])
+        if number.numel():
+            known = _numbers(number, dtype)  # then no step that a field holds leaves int16
+            number += bits.unpack(encoded.parts["steps"][own], width, cols)
+            number -= 1 << (width - 1)
+            if not (known and _numbers(number, dtype)):
+                raise AlignvecError(
+                    "a lossless delta leads out of the numbers' range: it was encoded against a different base"
+                )
+        h = ordered(number)
         row, column, aside = _side(encoded, own)
         h[row, column] = aside
         out[block] = h.view(dtype)

@@ -9,7 +9,7 @@ from math import isfinite, prod
 from torch import Tensor
 
 Option = int | float | str
-BLOCK = 1 << 20  # elements that are worked on at once where intermediates are several times their size
+BLOCK = 1 << 17  # elements that are worked on at once: intermediates of several times their size stay in cache
 
 
 @dataclass(frozen=True)

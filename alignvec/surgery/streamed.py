@@ -16,7 +16,7 @@ from torch import Tensor
 from alignvec import formats
 from alignvec.checkpoint import TensorInfo
 from alignvec.description import Error, describe, title
-from alignvec.encoding import square
+from alignvec.encoder import square
 from alignvec.errors import AlignvecError
 from alignvec.extract import parse_dtype
 from alignvec.formats import Encoded

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from alignvec import formats
 from alignvec.description import STEM, Error
-from alignvec.encoding import square
+from alignvec.encoder import square
 from alignvec.errors import AlignvecError
 from alignvec.evaluate.questions import Question, load_questions, numbered_lines
 from alignvec.fingerprint import summary

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 
 import pytest
@@ -73,17 +74,30 @@ def test_measured_choices_are_what_encoding_gives() -> None:
     base = torch.randn(64, 256).bfloat16()
     aligned = (base.float() + torch.randn(64, 256) * 0.01).bfloat16()
     delta = aligned.float() - base.float()
-    choices = auto.measure(delta, base, "w")
-    assert [str(formats.parse(text)) for text in auto.CANDIDATES] == [str(spec) for spec, _, _ in choices]
-    for spec, nbytes, error in choices:
+    assert [str(spec) for spec in auto.candidates(2)] == [str(formats.parse(text)) for text in auto.CANDIDATES]
+    for spec in auto.candidates(2):
         encoded = formats.encode(spec, delta, base, "w")
-        assert encoded.nbytes == nbytes
-        assert error == pytest.approx(formats.squared_error(encoded, delta, base))
-    assert "lossless" not in {spec.name for spec, _, _ in auto.measure(delta * 0.3, base, "w")}
-    assert "lossless" not in {spec.name for spec, _, _ in auto.measure(delta)}
-    assert auto.measure(torch.randn(8)) == [(formats.parse("dense"), 32, 0.0)]
+        found = auto.measure(spec, delta, base, "w")
+        assert found is not None
+        assert found[:2] == (spec, encoded.nbytes)
+        assert found[2] == pytest.approx(formats.squared_error(encoded, delta, base))
+
+
+def test_lossless_is_measured_of_pairs_alone() -> None:
+    base, spec = torch.randn(64, 256).bfloat16(), formats.parse("lossless")
+    assert auto.measure(spec, torch.randn(64, 256) * 0.003, base, "w") is None
+    assert auto.measure(spec, torch.randn(64, 256)) is None
+    assert auto.candidates(1) == [formats.parse("dense")]
     with pytest.raises(AlignvecError, match="NaN"):
-        auto.measure(torch.full((2, 3), torch.nan))
+        auto.measure(formats.parse("dense"), torch.full((2, 3), torch.nan))
+
+
+def test_a_format_that_leaves_the_numbers_range_is_no_choice() -> None:
+    """The error of a rank of 4 among numbers up to float32's largest is infinite; dense is exact."""
+    delta = torch.randn(32, 48).sign() * 3e38
+    found = {str(spec): auto.measure(spec, delta) for spec in auto.candidates(2)}
+    assert all(choice is None or math.isfinite(choice[2]) for choice in found.values())
+    assert found["dense"] == (formats.parse("dense"), 32 * 48 * 4, 0.0)
 
 
 def test_the_share_is_parsed() -> None:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import alignvec
 from alignvec import check, convert, extract, merge
 from alignvec.checkpoint import Checkpoint
-from alignvec.encoding import exact_delta, restored
 from alignvec.errors import AlignvecError
+from alignvec.exact import exact_delta, restored
 from tests.storage.checkpoints import aligned, weights, write_checkpoint
 
 
