@@ -61,7 +61,10 @@ def operand(encoded: Encoded, weight: Tensor, device: torch.device, *, transpose
         fields = parts["codes"].view(torch.uint8) ^ 128  # two's complement to offset binary
     else:
         fields = bits.unpack(parts["codes" if name == "int4" else "signs"], BITS[name], columns)
-    return operands.from_fields(fields, parts["scales"], BITS[name], int(encoded.options["group"]))
+    group = int(encoded.options["group"])
+    if group > columns and group & (group - 1):  # one scale a row: a group of a size that kernels need not split
+        group = max(32, 1 << (columns - 1).bit_length())
+    return operands.from_fields(fields, parts["scales"], BITS[name], group)
 
 
 def dense(encoded: Encoded, weight: Tensor, device: torch.device) -> Tensor:
