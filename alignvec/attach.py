@@ -167,7 +167,12 @@ class _Walk:
                 f"{path} has a parametrization, which computes its weight from others; remove it with "
                 "torch.nn.utils.parametrize.remove_parametrizations before attaching"
             )
-        made = {name: self._deltas(module, name, full, columns, device) for name, full in edited.items()}
+        made = {}
+        for name, full in edited.items():
+            try:
+                made[name] = self._deltas(module, name, full, columns, device)
+            except AlignvecError as error:
+                raise error if full in str(error) else AlignvecError(f"{full}: {error}") from None
         return Edit(self.coefficients, columns, made, self.choices, device, path)
 
     def _deltas(

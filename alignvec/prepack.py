@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from alignvec.errors import AlignvecError
 from alignvec.formats import Encoded, bits, decode, lossless
 from alignvec.formats.lossless import DTYPES
-from alignvec.formats.spec import blocks
+from alignvec.formats.spec import blocks, finite
 from alignvec.kernels import operands
 from alignvec.kernels.operands import Operand
 
@@ -83,6 +84,8 @@ def dense(encoded: Encoded, weight: Tensor, device: torch.device) -> Tensor:
     if encoded.name == "sparse":
         dtype = encoded.parts["values"].dtype
     delta = decode(moved, weight.detach().to(device, dtype) if encoded.name == "lossless" else None)
+    if encoded.name == "lossless":
+        _require_range(delta)
     narrow = delta.to(dtype)
     return narrow if torch.equal(narrow.float(), delta) else delta
 
@@ -93,10 +96,20 @@ def matrix_shape(weight: Tensor, transposed: bool) -> tuple[int, int]:
     return (columns, weight.numel() // columns) if transposed else (weight.numel() // columns, columns)
 
 
+def _require_range(delta: Tensor) -> None:
+    """Of lossless, whose decoded values the parts do not tell without the base."""
+    if not finite(delta):
+        raise AlignvecError("a lossless delta leaves float32's range: it was encoded against a different base")
+
+
 def _lossless(encoded: Encoded, weight: Tensor) -> Operand:
     """Fields of 2, 4 or 8 bits, as many as make the fewest bytes. The lowest step marks a delta in the side table."""
     rows, columns = weight.shape
     aligned = lossless.apply(encoded, weight).view(rows, columns)
+    reach = sum(max(abs(float(end)) for end in values.aminmax()) for values in (weight, aligned))
+    if reach > torch.finfo(torch.float32).max:
+        for block in blocks(rows, columns):
+            _require_range(aligned[block].float() - weight[block].float())
 
     def steps() -> Iterator[tuple[slice, Tensor]]:
         return ((block, lossless.steps(weight[block], aligned[block])) for block in blocks(rows, columns))

@@ -174,8 +174,8 @@ def squared_error(encoded: Encoded, delta: Tensor, base: Tensor | None = None) -
 
 def _too_large(encoded: Encoded) -> AlignvecError:
     return AlignvecError(
-        f"there is not enough memory for the values of a {encoded.name} delta of shape {list(encoded.shape)}: read it in "
-        "pieces"
+        f"there is not enough memory for the values of a {encoded.name} delta of shape {list(encoded.shape)}: read it "
+        "in pieces"
     )
 
 
