@@ -194,7 +194,7 @@ def _sharded(index: Path) -> dict[str, TensorInfo]:
         for name in sorted(named - stored.keys()):
             raise AlignvecError(f"{index} says that {file} holds {name}, but it does not: was a shard renamed?")
         for name in sorted(stored.keys() - named):
-            where = f"places it in {weight_map[name]}" if name in weight_map else "does not name it"
+            where = f"places it in {shown(weight_map[name])}" if name in weight_map else "does not name it"
             raise AlignvecError(f"{shard} holds {name}, but the index {where}: was a shard renamed?")
         tensors.update(stored)
     return tensors

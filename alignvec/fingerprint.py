@@ -174,7 +174,7 @@ class BaseIdentity:
         ``here`` and ``there`` are what the lines call this base and the other.
         """
         lines = [
-            f"config {key}: {self.config[key]} in {here}, {other.config[key]} in {there}"
+            f"config {key}: {shown(self.config[key])} in {here}, {shown(other.config[key])} in {there}"
             for key in sorted(self.config.keys() & other.config.keys())
             if self.config[key] != other.config[key]
         ]

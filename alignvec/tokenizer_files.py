@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from alignvec.errors import AlignvecError
 from alignvec.pairing import EMBEDDINGS
 from alignvec.sources import Source, StoredSource, local_path
-from alignvec.untrusted import present, read_json, read_text
+from alignvec.untrusted import present, read_json, read_text, shown
 from alignvec.writer import write_json
 
 if TYPE_CHECKING:
@@ -115,10 +115,10 @@ def notes_on(
     notes = []
     for label, theirs in recorded.items():
         if isinstance(theirs, dict) and (parts := differing(own, theirs)):
-            aligned = vectors[label].source.get("aligned", "the aligned model")
+            aligned = shown(vectors[label].source.get("aligned", "the aligned model"))
             notes.append(
                 f"the merged model has the tokenizer of {base}; vector {label!r} comes from {aligned}, whose tokenizer "
-                f"has another {', '.join(parts)}: give tokenizer=FOLDER (--tokenizer) to write that one"
+                f"has another {shown(', '.join(parts))}: give tokenizer=FOLDER (--tokenizer) to write that one"
             )
     return tuple(notes)
 
