@@ -16,7 +16,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from alignvec.errors import AlignvecError
-from alignvec.untrusted import brief, opened, parse_json, present, read_json, require_name, shown, tensor_shape
+from alignvec.untrusted import (
+    brief,
+    opened,
+    parse_json,
+    present,
+    read_json,
+    require_memory,
+    require_name,
+    shown,
+    tensor_shape,
+)
 
 __all__ = ["DTYPES", "Checkpoint", "TensorInfo", "read_json"]
 
@@ -117,6 +127,7 @@ class Checkpoint:
 
 
 def _buffer(name: str, nbytes: int) -> Tensor:
+    require_memory(nbytes, f"the values of {name}")
     try:
         return torch.empty(nbytes, dtype=torch.uint8)
     except RuntimeError:

@@ -17,6 +17,7 @@ from alignvec.formats import Encoded, Spec, auto, sparse
 from alignvec.progress import bytes_bar
 from alignvec.sources import Source, in_order
 from alignvec.spool import Spool
+from alignvec.untrusted import require_memory
 from alignvec.vector import AlignmentVector
 
 
@@ -172,6 +173,7 @@ class _Run:
 
 def _whole(read: Callable[[str, int, int], Tensor], name: str, numel: int, dtype: torch.dtype) -> Tensor:
     """A tensor, flat, its pieces read by several threads."""
+    require_memory(numel * dtype.itemsize, f"the values of {name}")
     out = torch.empty(numel, dtype=dtype)
 
     def job(slot: int, start: int, stop: int) -> None:

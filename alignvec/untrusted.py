@@ -133,6 +133,15 @@ def require_name(name: str, file: Path) -> None:
         raise AlignvecError(f"{file} names a tensor with {len(name)} characters ({shown(name)}): it is no checkpoint's")
 
 
+def require_memory(nbytes: int, what: str) -> None:
+    """AlignvecError for more bytes than the machine has, before they are asked for: some systems give them out at first.
+
+    what: "the values of ...", which the sentence names.
+    """
+    if hasattr(os, "sysconf") and nbytes > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        raise AlignvecError(f"{what} take {nbytes} bytes, more than this machine has: read them in pieces")
+
+
 def brief(error: BaseException) -> str:
     """An exception in one short line: what parsers say may quote the file."""
     return shown(" ".join(str(error).split()) or type(error).__name__, 200)

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from alignvec.errors import AlignvecError
 from alignvec.formats import dense, integer, lossless, low_rank, sign, sparse
-from alignvec.formats.spec import Encoded, Option, Spec, blocks, finite, matrix
-from alignvec.untrusted import shown
+from alignvec.formats.spec import Encoded, Option, Spec, blocks, finite, matrix, span
+from alignvec.untrusted import require_memory, shown
 
 __all__ = ["FORMATS", "Encoded", "Spec", "check", "decode", "encode", "layout", "parse", "squared_error"]
 
@@ -107,14 +107,13 @@ def decode(encoded: Encoded, base: Tensor | None = None, rows: slice | None = No
 
     `base`: the same parameter, or the same rows of it, which `lossless` needs. Raises AlignvecError without it.
     """
-    try:
-        decoded = _module(encoded.name).decode(encoded, base, rows)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise _too_large(encoded) from None
-    except RuntimeError as error:
-        if "allocate" not in str(error):
-            raise
-        raise _too_large(encoded) from None
+    count, cols = matrix(encoded.shape)
+    first, last = span(rows, count)
+    if encoded.name != "dense":  # which is decoded as a view
+        require_memory(
+            4 * (last - first) * cols, f"the values of a {encoded.name} delta of shape {list(encoded.shape)}"
+        )
+    decoded = _module(encoded.name).decode(encoded, base, rows)
     return decoded.reshape(encoded.shape) if rows is None else decoded
 
 
@@ -170,13 +169,6 @@ def squared_error(encoded: Encoded, delta: Tensor, base: Tensor | None = None) -
         decoded = decode(encoded, None if base is None else base[part], part)
         total += float((decoded.double() - delta[part].double()).square().sum())
     return total
-
-
-def _too_large(encoded: Encoded) -> AlignvecError:
-    return AlignvecError(
-        f"there is not enough memory for the values of a {encoded.name} delta of shape {list(encoded.shape)}: read it "
-        "in pieces"
-    )
 
 
 def _module(name: str) -> ModuleType:
