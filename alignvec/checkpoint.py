@@ -160,10 +160,12 @@ def _header(file: Path) -> dict[str, TensorInfo]:
             raise AlignvecError(f"{file} is truncated, corrupted or no safetensors file (its header has {size} bytes)")
         raw = os.pread(descriptor, size, 8)
     try:
-        with safe_open(str(file), framework="pt") as checked:
+        with safe_open(str(file), framework="numpy") as checked:  # torch would map it to be written
             names = set(checked.keys())
     except (SafetensorError, OSError, ValueError) as error:
         raise AlignvecError(f"{file} is truncated, corrupted or no safetensors file ({brief(error)})") from None
+    except MemoryError:  # the library maps the file while it looks at the header
+        raise AlignvecError(f"{file} is too large for the memory that this process may use") from None
     header = parse_json(raw, file, exact=True)
     header.pop("__metadata__", None)
     if header.keys() != names:

@@ -18,8 +18,8 @@ from typing import Any
 from alignvec.errors import AlignvecError
 
 MOST_TEXT = 1 << 27  # bytes of a file that is parsed
-MOST_OBJECTS = 1 << 22  # objects and arrays in it, of some 200 bytes of memory each
-MOST_VALUES = 1 << 24  # values in those, of up to 70 bytes each
+MOST_OBJECTS = 1 << 21  # objects and arrays in it, of some 200 bytes of memory each
+MOST_VALUES = 1 << 23  # values in those, of up to 70 bytes each
 DEEPEST = 64  # objects and arrays inside of each other
 MOST_DIMENSIONS = 32  # of a tensor; torch has 64 in places
 LONGEST_NAME = 1024  # characters of a tensor's name
@@ -134,9 +134,9 @@ def require_name(name: str, file: Path) -> None:
 
 
 def require_memory(nbytes: int, what: str) -> None:
-    """AlignvecError for more bytes than the machine has, before they are asked for: some systems give them out at first.
+    """AlignvecError for more bytes than the machine has, before they are asked for: some systems first promise them.
 
-    what: "the values of ...", which the sentence names.
+    what: "the values of ...", which the sentence begins with.
     """
     if hasattr(os, "sysconf") and nbytes > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
         raise AlignvecError(f"{what} take {nbytes} bytes, more than this machine has: read them in pieces")
