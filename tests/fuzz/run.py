@@ -18,7 +18,8 @@ from typing import Any
 from tests.fuzz import mutations, subjects
 from tests.fuzz.uses import Uses, outcome
 
-SECONDS = 20  # that all uses of one case may take
+SECONDS = 20  # of a processor that all uses of one case may take
+PATIENCE = 120  # seconds by the clock, of what waits, or of a machine that has other things to do
 MEMORY = 3 << 30  # bytes of addresses beyond those of the process that the cases begin in
 BATCH = 60  # cases a process
 
@@ -91,7 +92,8 @@ class Fuzz:
         died = ""
         if os.WIFSIGNALED(status):
             number = os.WTERMSIG(status)
-            died = f"more than {SECONDS} s" if number == signal.SIGALRM else f"died of {signal.Signals(number).name}"
+            slow = {signal.SIGPROF: f"computed for {SECONDS} s", signal.SIGALRM: f"waited for {PATIENCE} s"}
+            died = slow.get(number, f"died of {signal.Signals(number).name}")
         elif status:
             died = f"exit status {os.WEXITSTATUS(status)}"
         return [(int(index), name, found) for index, name, found in lines], died
@@ -104,7 +106,8 @@ class Fuzz:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         for index, case in enumerate(cases):
-            signal.alarm(SECONDS)  # its default action ends the process, whatever it waits for
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)  # the signals' default action ends the process
+            signal.alarm(PATIENCE)
             folder = self.folder / "case"
             shutil.rmtree(folder, ignore_errors=True)
             shutil.copytree(self.whole / case.kind / case.subject, folder)
@@ -112,7 +115,6 @@ class Fuzz:
             for use in self.uses.of(case.kind):
                 say(f"{index}\t{use.__name__}\t{outcome(use, folder)}\n")
             say(f"{index}\tend\t\n")
-        signal.alarm(0)
 
 
 def report(cases: Iterator[tuple[Case, str, str]], counts: Counter[tuple[str, str]]) -> Iterator[tuple[Case, str]]:
