@@ -54,6 +54,7 @@ NASTY = {
     "open": "[" * 200_000,
     "many": "[" + ",".join(["[]"] * 100_000) + "]",
 }
+NAMES = ("", "..", "model.layers.²", "model.norm.weight/scales", "model.experts.0.w1.weight", "n" * 2000, "[/red]\n")
 BYTES = (0x00, 0x7F, 0x80, 0xFF)
 PLACES = ("pipe", "folder", "loop", "device", "nothing", "empty", "socket", "dangling", "text")
 
@@ -65,7 +66,11 @@ def plan(draw: random.Random, folder: Path) -> list[Step]:
         files = sorted(file.name for file in folder.iterdir() if file.is_file())
         file = draw.choice(files)
         tree = file.endswith((".json", ".safetensors"))
-        if tree and draw.random() < 0.55:
+        if file.endswith(".safetensors") and draw.random() < 0.1:
+            names = sorted(_parsed((folder / file).read_bytes(), ".safetensors"))
+            name = draw.choice(names).partition("/")[0]
+            steps.append({"do": "everywhere", "file": file, "name": name, "to": draw.choice((*NAMES, *names))})
+        elif tree and draw.random() < 0.55:
             steps.append(_in_tree(draw, folder / file))
         elif draw.random() < 0.8:
             size, data = (folder / file).stat().st_size, _data_start(folder / file)
@@ -84,6 +89,10 @@ def apply(folder: Path, steps: list[Step]) -> None:
         file = folder / step["file"]
         if step["do"] == "place":
             _place(file, step["what"])
+        elif step["do"] == "everywhere":
+            for each in sorted(each for each in folder.iterdir() if each.is_file() and not each.is_symlink()):
+                if each.suffix in (".json", ".safetensors"):
+                    each.write_bytes(_renamed(each.read_bytes(), step, each.suffix))
         elif file.is_file() and not file.is_symlink():
             data = file.read_bytes()
             file.write_bytes(_bytes(data, step) if "byte" in step else _tree(data, step, file.suffix))
@@ -130,11 +139,33 @@ def _tree(data: bytes, step: Step, suffix: str) -> bytes:
         text = _changed(root, above, key, step).encode()
     except (ValueError, KeyError, IndexError, TypeError, RecursionError):
         return data
-    if suffix != ".safetensors":
-        return text
+    return _with_header(text, data) if suffix == ".safetensors" else text
+
+
+def _with_header(text: bytes, data: bytes) -> bytes:
+    """A safetensors file with another header of the right length, and the values that it had."""
     size = int.from_bytes(data[:8], "little")
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text + data[8 + size :]
+
+
+def _renamed(data: bytes, step: Step, suffix: str) -> bytes:
+    """The file with another name for a tensor, and for its parts."""
+    old, new = step["name"], step["to"]
+
+    def renamed(tree: Any) -> Any:
+        if isinstance(tree, list):
+            return [renamed(each) for each in tree]
+        if not isinstance(tree, dict):
+            return tree
+        names = {key: new + key[len(old) :] if key == old or key.startswith(f"{old}/") else key for key in tree}
+        return {names[key]: renamed(value) for key, value in tree.items()}
+
+    try:
+        text = json.dumps(renamed(_parsed(data, suffix))).encode()
+    except (ValueError, RecursionError):
+        return data
+    return _with_header(text, data) if suffix == ".safetensors" else text
 
 
 def _changed(root: Any, above: Any, key: Any, step: Step) -> str:

@@ -220,3 +220,18 @@ def test_a_name_of_many_characters_is_no_tensor_s(tmp_path: Path) -> None:
     save_file({"n" * 2000: torch.ones(2)}, tmp_path / "model.safetensors")
     with pytest.raises(AlignvecError, match="2000 characters"):
         Checkpoint.open(tmp_path)
+
+
+NUMBERS_IN_NAMES = [
+    *("model.layers.²", "model.layers.0.mlp.experts.²", "model.layers.٣.w", "experts." + "9" * 900),
+    *("", ".", ".."),
+]
+
+
+@pytest.mark.parametrize("name", NUMBERS_IN_NAMES, ids=map(str, range(len(NUMBERS_IN_NAMES))))
+@pytest.mark.parametrize("architecture", ["Mistral", "Mixtral"])
+def test_names_that_no_rule_of_loading_was_written_for(architecture: str, name: str) -> None:
+    model = models.tiny(architecture)
+    for transfer in (False, True):
+        with pytest.raises(AlignvecError):
+            alignvec.attach(model, {"v": AlignmentVector({name: torch.ones(4, 4)})}, transfer=transfer)
