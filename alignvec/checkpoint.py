@@ -5,7 +5,6 @@ Nothing is memory-mapped: mapped pages count as resident memory, and a streamed 
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from math import prod
@@ -19,6 +18,19 @@ from torch import Tensor
 from alignvec.errors import AlignvecError
 from alignvec.folders import steady
 from alignvec.hidden import recover
+from alignvec.untrusted import (
+    brief,
+    opened,
+    parse_json,
+    present,
+    read_json,
+    require_memory,
+    require_name,
+    shown,
+    tensor_shape,
+)
+
+__all__ = ["DTYPES", "Checkpoint", "TensorInfo", "read_json"]
 
 DTYPES = {
     "F64": torch.float64,
@@ -36,6 +48,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+MOST_HEADER = 100_000_000  # bytes of a safetensors header, as the safetensors library has it
 
 
 @dataclass(frozen=True)
@@ -64,8 +77,10 @@ class Checkpoint:
 
     def __init__(self, path: Path, tensors: dict[str, TensorInfo], config: dict[str, Any]) -> None:
         self.path, self.tensors, self.config = path, tensors, config
-        files = {info.file for info in tensors.values() if info.file is not None}
-        self._stamps = {file: _stamp(os.stat(file)) for file in files}
+        self._stamps = {}
+        for file in {info.file for info in tensors.values() if info.file is not None}:
+            with opened(file) as descriptor:
+                self._stamps[file] = _stamp(os.fstat(descriptor))
 
     @classmethod
     def open(cls, path: str | Path, *, stem: str = "model") -> Checkpoint:
@@ -82,12 +97,13 @@ class Checkpoint:
         if not path.is_dir():
             raise AlignvecError(f"{path} does not exist: give a checkpoint folder or a .safetensors file")
         single, index = path / f"{stem}.safetensors", path / f"{stem}.safetensors.index.json"
-        if single.exists() and index.exists():
+        whole, sharded = present(single), present(index)
+        if whole and sharded:
             raise AlignvecError(f"{path} holds both {single.name} and {index.name}: remove the one that is out of date")
         with steady(path):
-            if single.exists():
+            if whole:
                 return cls(path, _header(single), _config(path))
-            if index.exists():
+            if sharded:
                 return cls(path, _sharded(index), _config(path))
         raise AlignvecError(f"{path} holds neither {single.name} nor {index.name}: {_advice(path)}")
 
@@ -104,7 +120,7 @@ class Checkpoint:
         info = self.tensors[name]
         assert info.file is not None
         size, itemsize = (info.numel if stop is None else stop) - start, info.dtype.itemsize
-        buffer = torch.empty(size * itemsize, dtype=torch.uint8) if out is None else out[: size * itemsize]
+        buffer = _buffer(name, size * itemsize) if out is None else out[: size * itemsize]
         if size:
             _read_into(info.file, self._stamps[info.file], info.offset + start * itemsize, buffer)
         return buffer.view(info.dtype)
@@ -114,22 +130,26 @@ class Checkpoint:
         return self.read(name).view(self.tensors[name].shape)
 
 
+def _buffer(name: str, nbytes: int) -> Tensor:
+    require_memory(nbytes, f"the values of {name}")
+    try:
+        return torch.empty(nbytes, dtype=torch.uint8)
+    except RuntimeError:
+        raise AlignvecError(
+            f"tensor {name}: there is not enough memory for {nbytes} bytes; read it in pieces"
+        ) from None
+
+
 def _read_into(file: Path, stamp: tuple[int, ...], offset: int, buffer: Tensor) -> None:
     view = memoryview(buffer.numpy().data)
-    try:
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            if _stamp(os.fstat(descriptor)) != stamp:
-                raise AlignvecError(f"{file} changed after it was opened: open it again")
-            while view:
-                count = os.preadv(descriptor, [view], offset)
-                if not count:
-                    raise AlignvecError(f"{file} ends before its last tensor: the file is truncated")
-                view, offset = view[count:], offset + count
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise AlignvecError(f"{file} cannot be read: {error.strerror or error}") from error
+    with opened(file) as descriptor:
+        if _stamp(os.fstat(descriptor)) != stamp:
+            raise AlignvecError(f"{file} changed after it was opened: open it again")
+        while view:
+            count = os.preadv(descriptor, [view], offset)
+            if not count:
+                raise AlignvecError(f"{file} ends before its last tensor: the file is truncated")
+            view, offset = view[count:], offset + count
 
 
 def _stamp(stat: os.stat_result) -> tuple[int, ...]:
@@ -138,25 +158,35 @@ def _stamp(stat: os.stat_result) -> tuple[int, ...]:
 
 def _header(file: Path) -> dict[str, TensorInfo]:
     """Every tensor of one file, in the order of its bytes; the safetensors library refuses a malformed file."""
+    with opened(file) as descriptor:
+        size = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+        if not 0 < size <= min(MOST_HEADER, os.fstat(descriptor).st_size - 8):
+            raise AlignvecError(f"{file} is truncated, corrupted or no safetensors file (its header has {size} bytes)")
+        raw = os.pread(descriptor, size, 8)
     try:
-        with safe_open(str(file), framework="pt") as opened:
-            names = set(opened.keys())
-        with file.open("rb") as raw:
-            size = int.from_bytes(raw.read(8), "little")
-            header = json.loads(raw.read(size))
+        with safe_open(str(file), framework="numpy") as checked:  # torch would map it to be written
+            names = set(checked.keys())
     except (SafetensorError, OSError, ValueError) as error:
-        raise AlignvecError(f"{file} is truncated, corrupted or no safetensors file ({error})") from None
+        raise AlignvecError(f"{file} is truncated, corrupted or no safetensors file ({brief(error)})") from None
+    except MemoryError:  # the library maps the file while it looks at the header
+        raise AlignvecError(f"{file} is too large for the memory that this process may use") from None
+    header = parse_json(raw, file, exact=True)
     header.pop("__metadata__", None)
     if header.keys() != names:
-        raise AlignvecError(f"{file} is corrupted: its header names a tensor twice")
+        raise AlignvecError(f"{file} changed while it was opened: open it again")
     tensors = {}
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        require_name(name, file)
         dtype = DTYPES.get(entry["dtype"])
         if dtype is None:
             raise AlignvecError(
                 f"{file}: tensor {name} is stored as {entry['dtype']}, which is not read: use an unquantised checkpoint"
             )
-        info = TensorInfo(dtype, tuple(entry["shape"]), file, 8 + size + entry["data_offsets"][0])
+        try:
+            shape = tensor_shape(entry["shape"])
+        except ValueError as error:
+            raise AlignvecError(f"{file}: tensor {name} cannot be read: {error}") from None
+        info = TensorInfo(dtype, shape, file, 8 + size + entry["data_offsets"][0])
         if entry["data_offsets"][1] - entry["data_offsets"][0] != info.nbytes:
             raise AlignvecError(f"{file}: the offsets of tensor {name} do not fit its shape: the file is corrupted")
         tensors[name] = info
@@ -164,41 +194,32 @@ def _header(file: Path) -> dict[str, TensorInfo]:
 
 
 def _sharded(index: Path) -> dict[str, TensorInfo]:
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_json(index, exact=True).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise AlignvecError(f"{index} has no weight_map of tensor names to file names")
     tensors: dict[str, TensorInfo] = {}
-    for file in sorted(set(weight_map.values())):
+    shards: dict[str, set[str]] = {}
+    for name, file in weight_map.items():
+        shards.setdefault(file, set()).add(name)
+    for file, named in sorted(shards.items()):
         if file != Path(file).name or "\\" in file or not file.endswith(".safetensors"):
-            raise AlignvecError(f"{index} names the file {file!r}: only .safetensors files beside it are read")
+            raise AlignvecError(f"{index} names the file {shown(file)!r}: only .safetensors files beside it are read")
         shard = index.parent / file
-        if not shard.is_file():
+        if not present(shard):
             raise AlignvecError(f"{index} names the shard {file}, which is missing")
         stored = _header(shard)
-        named = {name for name, owner in weight_map.items() if owner == file}
         for name in sorted(named - stored.keys()):
             raise AlignvecError(f"{index} says that {file} holds {name}, but it does not: was a shard renamed?")
         for name in sorted(stored.keys() - named):
-            where = f"places it in {weight_map[name]}" if name in weight_map else "does not name it"
+            where = f"places it in {shown(weight_map[name])}" if name in weight_map else "does not name it"
             raise AlignvecError(f"{shard} holds {name}, but the index {where}: was a shard renamed?")
         tensors.update(stored)
     return tensors
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file; AlignvecError when it is none."""
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AlignvecError(f"{file} cannot be read as JSON ({error})") from None
-    if not isinstance(data, dict):
-        raise AlignvecError(f"{file} must hold a JSON object")
-    return data
-
-
 def _config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
-    return read_json(file) if file.is_file() else {}
+    return read_json(file) if present(file) else {}
 
 
 def _advice(path: Path) -> str:

@@ -57,10 +57,18 @@ def plan(root: nn.Module, live: Iterable[str], stored: Shapes) -> list[Group]:
     Names that lead nowhere are in no group. The rules are those that the model was loaded with where they place
     as many names as the ones that transformers has for its class.
     """
-    if not stored or not hasattr(root, "config"):
+    if not hasattr(root, "config"):
+        return []
+    # Transformers sorts by the numbers in names, and digits that make none (superscripts) are in no model's.
+    stored = {name: shape for name, shape in stored.items() if name.isascii() or not _superscript(name)}
+    if not stored:
         return []
     plans = [_grouped(rules, root, dict.fromkeys(live, True), stored) for rules in _rules(root)]
     return max(plans, key=lambda groups: sum(len(group.sources) for group in groups), default=[])
+
+
+def _superscript(name: str) -> bool:
+    return any(part.isdigit() and not part.isdecimal() for part in name.split("."))
 
 
 class StoredLayout:

@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from alignvec import formats
-from alignvec.checkpoint import read_json
 from alignvec.errors import AlignvecError
 from alignvec.fingerprint import BaseIdentity
 from alignvec.folders import as_json, write_json
-from alignvec.formats import Encoded
+from alignvec.formats import Encoded, auto
 from alignvec.integrity import SEAL, Checksums, recorded, sealed
+from alignvec.untrusted import brief, read_json, require_name, shown, tensor_shape
 
 STEM = "alignment_vector"  # alignment_vector.safetensors (or its shards and index) and alignment_vector.json
 SCHEMA = 2  # 1: dense deltas alone, "tensors" gives their shapes
+LARGEST_NORM = 2.0**500  # its square, and the sum of many, is finite
 MIXED = "mixed"  # the title of a vector whose tensors were not asked for as one format
 
 
@@ -54,8 +55,10 @@ class Error:
     def from_json(cls, data: Any) -> Error:
         relative, norm = data["relative"], data.get("norm")
         for number in (relative, 0 if norm is None else norm):
-            if type(number) not in (int, float) or not 0 <= number < math.inf:
-                raise ValueError(number)
+            if type(number) not in (int, float) or not 0 <= number < LARGEST_NORM:
+                raise ValueError(f"error {shown(data)}")
+        if relative * (norm or 0) >= LARGEST_NORM:
+            raise ValueError(f"error {shown(data)}")
         return cls(float(relative), None if norm is None else float(norm))
 
 
@@ -106,10 +109,12 @@ def describe(
 
 def read_description(file: Path, *, verify: bool = True) -> Description:
     """What ``describe`` wrote, or schema 1; AlignvecError for anything else. ``verify``: compare its checksum."""
-    data = read_json(file)
+    data = read_json(file, exact=True)
     schema = data.get("schema")
-    if schema not in (1, SCHEMA):
-        raise AlignvecError(f"{file} has schema {schema!r}, this version reads 1 and {SCHEMA}: update alignvec")
+    if type(schema) is not int or schema not in (1, SCHEMA):
+        raise AlignvecError(
+            f"{file} has schema {shown(repr(schema))}, this version reads 1 and {SCHEMA}: update alignvec"
+        )
     checksums = recorded(file, data) if verify else None
     for key, kind in (("format", str), ("source", dict), ("tensors", dict)):
         if not isinstance(data.get(key), kind):
@@ -117,6 +122,7 @@ def read_description(file: Path, *, verify: bool = True) -> Description:
     headers: dict[str, Encoded] = {}
     errors: dict[str, Error] = {}
     for name, entry in data["tensors"].items():
+        require_name(name, file)
         try:
             if schema == 1:
                 entry = {"shape": entry, "format": "dense", "options": {}}
@@ -126,7 +132,7 @@ def read_description(file: Path, *, verify: bool = True) -> Description:
         except AlignvecError as error:
             raise AlignvecError(f"{file}: tensor {name}: {error}") from None
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            reason = f"{type(error).__name__}: {error}"
+            reason = f"{type(error).__name__}: {brief(error)}"
             raise AlignvecError(f"{file}: the entry of tensor {name} is malformed ({reason})") from None
     try:
         known_format(data["format"])
@@ -137,18 +143,16 @@ def read_description(file: Path, *, verify: bool = True) -> Description:
 
 
 def _header(entry: dict[str, Any]) -> Encoded:
-    shape, name, options = entry["shape"], entry["format"], entry["options"]
-    if not (isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)):
-        raise ValueError(f"shape {shape}")
+    name, options = entry["format"], entry["options"]
     if not (type(name) is str and isinstance(options, dict)):
         raise TypeError("format or options")
     formats.require(name)
-    return Encoded(name, tuple(shape), options, {})
+    return Encoded(name, tensor_shape(entry["shape"]), options, {})
 
 
 def known_format(format: str) -> None:
     """AlignvecError unless a vector can have been asked for as this: a format, ``"auto:0.25"`` or ``"mixed"``."""
-    if format != MIXED and not format.startswith("auto:"):
+    if format != MIXED and auto.fraction(format) is None:
         formats.parse(format)
 
 

@@ -18,6 +18,7 @@ from alignvec.exact import exact_delta
 from alignvec.formats import Encoded, Spec, auto, lossless, sparse
 from alignvec.formats.spec import BLOCK, matrix
 from alignvec.sources import Source, in_order
+from alignvec.untrusted import require_memory
 from alignvec.vector import AlignmentVector
 
 BY_ROWS = ("dense", "int8", "int4", "sign", "lossless")  # formats that encode a row without looking at others
@@ -132,6 +133,7 @@ class Encoder:
     def _whole(self, name: str, lossless: bool) -> Values:
         """All of a tensor, in its shape and memory of its own, read by several threads."""
         info = self.vector.tensors[name]
+        require_memory(info.nbytes, f"the values of {name}")
 
         def job(slot: int, start: int) -> tuple[int, Values]:
             return start, self._read(name, start, min(start + STEP, info.numel), lossless)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from alignvec.errors import AlignvecError
 from alignvec.sums import ROW, Sums, as_float16, sums
+from alignvec.untrusted import brief, shown, tensor_shape
 from alignvec.wrappers import inner_model, is_adapter, live_names
 
 STEP = 128 * ROW  # values converted at a time: 4 MiB of bfloat16
@@ -173,7 +174,7 @@ class BaseIdentity:
         ``here`` and ``there`` are what the lines call this base and the other.
         """
         lines = [
-            f"config {key}: {self.config[key]} in {here}, {other.config[key]} in {there}"
+            f"config {key}: {shown(self.config[key])} in {here}, {shown(other.config[key])} in {there}"
             for key in sorted(self.config.keys() & other.config.keys())
             if self.config[key] != other.config[key]
         ]
@@ -201,17 +202,20 @@ class BaseIdentity:
     def from_json(cls, data: Any) -> BaseIdentity:
         """Raises AlignvecError when ``data`` is not what ``to_json`` gives."""
         try:
+            if not isinstance(data["config"], dict):
+                raise TypeError("config")
             tensors = {}
             for name, entry in data["tensors"].items():
-                shape, dtype, digest = tuple(entry["shape"]), entry["dtype"], entry["checksum"]
-                narrow = entry.get("float16")
-                texts = (dtype, digest, digest if narrow is None else narrow)
-                if not (all(type(size) is int for size in shape) and all(type(text) is str for text in texts)):
-                    raise TypeError(name)
-                tensors[name] = TensorIdentity(shape, dtype, digest, narrow)
+                dtype, digest, narrow = entry["dtype"], entry["checksum"], entry.get("float16")
+                if not all(type(text) is str for text in (dtype, digest, digest if narrow is None else narrow)):
+                    raise TypeError(shown(name))
+                known = getattr(torch, dtype, None)
+                if not isinstance(known, torch.dtype) or not known.is_floating_point:
+                    raise ValueError(f"dtype {shown(dtype)} of {shown(name)}")
+                tensors[name] = TensorIdentity(tensor_shape(entry["shape"]), dtype, digest, narrow)
             return cls(dict(data["config"]), tensors)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise AlignvecError(f"the base's identity is malformed ({type(error).__name__}: {error})") from None
+            raise AlignvecError(f"the base's identity is malformed ({type(error).__name__}: {brief(error)})") from None
 
 
 def summary(lines: list[str], limit: int = 4, separator: str = "; ") -> str:

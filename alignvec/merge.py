@@ -292,8 +292,10 @@ def _copy_others(source: Path, target: Path, dtype: torch.dtype | None) -> list[
         if file.is_file() and not file.name.endswith(WEIGHTS) and not file.name.startswith("."):
             shutil.copyfile(file, target / file.name)
             copied.append(file.name)
-    if (source / TEMPLATES).is_dir():
-        shutil.copytree(source / TEMPLATES, target / TEMPLATES)
+    for file in (source / TEMPLATES).glob("*.jinja"):
+        if file.is_file():
+            (target / TEMPLATES).mkdir(exist_ok=True)
+            shutil.copyfile(file, target / TEMPLATES / file.name)
     config = target / "config.json"
     if dtype is not None and config.is_file():
         data = read_json(config)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from alignvec.base_bits import has_base_bits, unrecorded
 from alignvec.conversion import Group, Shapes, StoredLayout, plan
+from alignvec.deltas import require_finite
 from alignvec.errors import AlignvecError
 from alignvec.fit import require_fit
 from alignvec.formats import Encoded, decode
@@ -297,6 +298,7 @@ def _edited(
             if name not in values or not has_base_bits(vector, name, values[name]):
                 _require_bound(label, vector, name, transfer)
             found[name] = decode(vector.encoded(name), values[name].cpu().to(DTYPES[str(spec.options["dtype"])]))
+            require_finite(name, found[name])
         else:
             found[name] = vector[name].detach()
     return found

@@ -62,7 +62,10 @@ def operand(encoded: Encoded, weight: Tensor, device: torch.device, *, transpose
         fields = parts["codes"].view(torch.uint8) ^ 128  # two's complement to offset binary
     else:
         fields = bits.unpack(parts["codes" if name == "int4" else "signs"], BITS[name], columns)
-    return operands.from_fields(fields, parts["scales"], BITS[name], int(encoded.options["group"]))
+    group = int(encoded.options["group"])
+    if group > columns and group & (group - 1):  # one scale a row: a group of a size that kernels need not split
+        group = max(32, 1 << (columns - 1).bit_length())
+    return operands.from_fields(fields, parts["scales"], BITS[name], group)
 
 
 def dense(encoded: Encoded, weight: Tensor, device: torch.device) -> Tensor:
@@ -91,6 +94,8 @@ def dense(encoded: Encoded, weight: Tensor, device: torch.device) -> Tensor:
     if encoded.name == "sparse":
         dtype = encoded.parts["values"].dtype
     delta = decode(moved, weight.detach().to(device, dtype) if encoded.name == "lossless" else None)
+    if encoded.name == "lossless":
+        _require_range(delta)
     narrow = delta.to(dtype)
     return narrow if torch.equal(narrow.float(), delta) else delta
 
@@ -101,10 +106,20 @@ def matrix_shape(weight: Tensor, transposed: bool) -> tuple[int, int]:
     return (columns, rows) if transposed else (rows, columns)
 
 
+def _require_range(delta: Tensor) -> None:
+    """Of lossless, whose decoded values the parts do not tell without the base."""
+    if not finite(delta):
+        raise AlignvecError("a lossless delta leaves float32's range: it was encoded against a different base")
+
+
 def _lossless(encoded: Encoded, weight: Tensor) -> Operand:
     """Fields of 2, 4 or 8 bits, as many as make the fewest bytes. The lowest step marks a delta in the side table."""
     rows, columns = weight.shape
     aligned = lossless.apply(encoded, weight).view(rows, columns)
+    reach = sum(max(abs(float(end)) for end in values.aminmax()) for values in (weight, aligned))
+    if reach > torch.finfo(torch.float32).max:
+        for block in blocks(rows, columns):
+            _require_range(aligned[block].float() - weight[block].float())
 
     def steps() -> Iterator[tuple[slice, Tensor]]:
         return ((block, lossless.steps(weight[block], aligned[block])) for block in blocks(rows, columns))

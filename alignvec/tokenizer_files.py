@@ -11,12 +11,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignvec.checkpoint import read_json
 from alignvec.errors import AlignvecError
 from alignvec.folders import write_json
 from alignvec.owned import CONFIGS, TEMPLATES, TOKENIZER_FILES, is_tokenizer_file
 from alignvec.pairing import EMBEDDINGS
 from alignvec.sources import Source, StoredSource, local_path
+from alignvec.untrusted import present, read_json, read_text, shown
 
 if TYPE_CHECKING:
     from alignvec.vector import AlignmentVector
@@ -67,7 +67,9 @@ def traits(folder: Path) -> dict[str, str]:
             found[name] = token
     for file in CONFIGS:
         if (ids := _read(folder / file).get("eos_token_id")) is not None:
-            found["eos_token_id"] = json.dumps(sorted(ids) if isinstance(ids, list) else [ids])
+            several = ids if isinstance(ids, list) else [ids]
+            numbers = all(isinstance(token, int) for token in several)
+            found["eos_token_id"] = json.dumps(sorted(several) if numbers else several)
             break
     return found
 
@@ -107,10 +109,10 @@ def notes_on(
     notes = []
     for label, theirs in recorded.items():
         if isinstance(theirs, dict) and (parts := differing(own, theirs)):
-            aligned = vectors[label].source.get("aligned", "the aligned model")
+            aligned = shown(vectors[label].source.get("aligned", "the aligned model"))
             notes.append(
                 f"the merged model has the tokenizer of {base}; vector {label!r} comes from {aligned}, whose tokenizer "
-                f"has another {', '.join(parts)}: give tokenizer=FOLDER (--tokenizer) to write that one"
+                f"has another {shown(', '.join(parts))}: give tokenizer=FOLDER (--tokenizer) to write that one"
             )
     return tuple(notes)
 
@@ -125,7 +127,7 @@ def replacement_for(base: StoredSource, given: str | Path) -> Path:
         raise AlignvecError(f"{given} holds no tokenizer: give a folder with tokenizer.json, or a hub id")
     vocabulary, added = _tokens(folder)
     highest = max([*vocabulary.values(), *added.values()], default=-1)
-    embedding = next((name for name in base.tensors if name.endswith(EMBEDDINGS)), None)
+    embedding = next((name for name, info in base.tensors.items() if name.endswith(EMBEDDINGS) and info.shape), None)
     if embedding is not None and highest >= (rows := base.tensors[embedding].shape[0]):
         raise AlignvecError(
             f"the tokenizer of {given} has tokens up to {highest}, and {embedding} of the merged model has {rows} "
@@ -159,9 +161,11 @@ def _tokens(folder: Path) -> tuple[dict[str, int], dict[str, int]]:
     if isinstance(listed, dict):
         vocabulary = {str(token): int(index) for token, index in listed.items() if isinstance(index, int)}
     else:  # a Unigram model: pairs of token and score
-        vocabulary = {str(entry[0]): index for index, entry in enumerate(listed) if isinstance(entry, list) and entry}
+        pairs = listed if isinstance(listed, list) else []
+        vocabulary = {str(entry[0]): index for index, entry in enumerate(pairs) if isinstance(entry, list) and entry}
     added = {str(token): index for token, index in _read(folder / "added_tokens.json").items()}
-    for entry in data.get("added_tokens") or ():
+    listed = data.get("added_tokens")
+    for entry in listed if isinstance(listed, list) else ():
         if isinstance(entry, dict) and isinstance(entry.get("id"), int):
             added[str(entry.get("content"))] = entry["id"]
     return vocabulary, {
@@ -177,14 +181,14 @@ def _templates(folder: Path) -> dict[str, str]:
     if isinstance(given, list):
         found = {str(entry.get("name")): str(entry.get("template")) for entry in given if isinstance(entry, dict)}
     if (file := folder / "chat_template.jinja").is_file():
-        found["default"] = file.read_text(encoding="utf-8", errors="replace")
+        found["default"] = read_text(file)
     for file in sorted((folder / TEMPLATES).glob("*.jinja")):
-        found[file.stem] = file.read_text(encoding="utf-8", errors="replace")
+        found[file.stem] = read_text(file)
     return found
 
 
 def _read(file: Path) -> dict[str, Any]:
-    return read_json(file) if file.is_file() else {}
+    return read_json(file) if present(file) else {}
 
 
 def _digest(value: Any) -> str:

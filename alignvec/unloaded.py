@@ -44,11 +44,18 @@ def quantisation(config: Any) -> str:
 def _model_class(config: Any) -> type | None:
     """The causal language model's class that transformers loads for the config; None where it knows none."""
     values = config if isinstance(config, dict) else getattr(config, "__dict__", {})
-    names, kind = values.get("architectures") or [], values.get("model_type") or getattr(config, "model_type", None)
-    if not names and not kind:
+    names, kind = values.get("architectures"), values.get("model_type") or getattr(config, "model_type", None)
+    known = [name for name in names if isinstance(name, str)] if isinstance(names, list | tuple) else []
+    if not known and not kind:
         return None
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    known = [*names, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(kind), "")]
-    return next((cls for name in known if (cls := getattr(transformers, str(name), None)) is not None), None)
+    for name in [*known, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(kind), "")]:
+        try:
+            found = getattr(transformers, name, None)
+        except (ImportError, RuntimeError):  # a class whose own requirements are not installed
+            continue
+        if isinstance(found, type):
+            return found
+    return None

@@ -170,7 +170,8 @@ class AlignmentVector:
         kept = selected(self.names, include, exclude)
         source = {key: value for key, value in self.source.items() if key not in OF_THE_WHOLE}
         chosen = {"include": as_patterns(include), "exclude": as_patterns(exclude)}
-        source["selected"] = [*self.source.get("selected", ()), chosen]
+        before = self.source.get("selected")
+        source["selected"] = [*(before if isinstance(before, list) else ()), chosen]
         errors = {name: error for name, error in self.errors.items() if name in kept}
         return AlignmentVector(self._deltas.select(kept), self.base, format=self.format, source=source, errors=errors)
 

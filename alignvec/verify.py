@@ -16,6 +16,7 @@ from alignvec.fit import quantised_as, require_fit
 from alignvec.heads import own_head
 from alignvec.names import LiveNames, Places, checkpoint_layout, locate, parameter_value
 from alignvec.unloaded import Unloaded, quantisation
+from alignvec.untrusted import shown
 from alignvec.vector import AlignmentVector
 from alignvec.wrappers import is_persistent
 
@@ -148,8 +149,8 @@ def _require_sizes(label: str, vector: AlignmentVector, config: Any, absent: lis
     for key, size in vector.base.config.items():
         if key != "model_type" and key in whole and size not in (whole[key], part.get(key)):
             raise AlignvecError(
-                f"vector {label!r} was extracted from a different base: its {key} is {size}, the model's {whole[key]}"
-                f"{lacks}; load that base, or attach with transfer=True"
+                f"vector {label!r} was extracted from a different base: its {key} is {shown(size)}, the model's "
+                f"{whole[key]}{lacks}; load that base, or attach with transfer=True"
             )
 
 

@@ -4,7 +4,7 @@ A parameter [*, cols] is stored as a matrix [rows, cols]. Parameters of one dime
 always dense. Parts are row-major, so that a range of rows is a range of bytes; kernels repack them when they attach.
 
 A format's module has OPTIONS (option to default), `encode`, `decode` and `layout`, and where there is something to
-refuse `validate` (of option values) and `check` (of what the parts hold).
+refuse `validate` (of option values), `check` (of what the parts hold) and `bound` (of what they can decode to).
 """
 
 from __future__ import annotations
@@ -18,11 +18,15 @@ from torch import Tensor
 
 from alignvec.errors import AlignvecError
 from alignvec.formats import dense, integer, lossless, low_rank, sign, sparse
-from alignvec.formats.spec import Encoded, Option, Spec, blocks, finite, matrix
+from alignvec.formats.spec import Encoded, Option, Spec, blocks, finite, matrix, span
+from alignvec.untrusted import require_memory, shown
 
 __all__ = ["FORMATS", "Encoded", "Spec", "check", "decode", "encode", "joined", "layout", "parse", "squared_error"]
 
 Layout = dict[str, tuple[torch.dtype | tuple[torch.dtype, ...], tuple[int | None, ...]]]
+MOST_COLUMNS = 1 << 24  # of an encoded delta: a row is what is decoded at once
+LARGEST_OPTION = 2**63
+MOST_VALUES = 1 << 36  # of an encoded delta: a few bytes of factors stand for as many as somebody likes
 
 FORMATS: dict[str, ModuleType] = {
     "dense": dense,
@@ -103,6 +107,12 @@ def decode(encoded: Encoded, base: Tensor | None = None, rows: slice | None = No
 
     `base`: the same parameter, or the same rows of it, which `lossless` needs. Raises AlignvecError without it.
     """
+    count, cols = matrix(encoded.shape)
+    first, last = span(rows, count)
+    if encoded.name != "dense":  # which is decoded as a view
+        require_memory(
+            4 * (last - first) * cols, f"the values of a {encoded.name} delta of shape {list(encoded.shape)}"
+        )
     decoded = _module(encoded.name).decode(encoded, base, rows)
     return decoded.reshape(encoded.shape) if rows is None else decoded
 
@@ -137,6 +147,8 @@ def layout(name: str, shape: tuple[int, ...], options: Mapping[str, Option]) -> 
     _validate(spec)
     if spec.options.keys() != _module(name).OPTIONS.keys():
         raise AlignvecError(f"format {name} needs the options {', '.join(_module(name).OPTIONS)}")
+    if name != "dense" and shape and (shape[-1] > MOST_COLUMNS or math.prod(shape) > MOST_VALUES):
+        raise AlignvecError(f"a tensor of shape {list(shape)} is too large for {name}: store it dense")
     return _module(name).layout(spec, tuple(shape))
 
 
@@ -162,6 +174,11 @@ def check(encoded: Encoded) -> None:
     module = _module(encoded.name)
     if hasattr(module, "check"):
         module.check(encoded)
+    # Parts that are finite decode to infinity where a product of them overflows; most are far from that.
+    if hasattr(module, "bound") and not module.bound(encoded) <= torch.finfo(torch.float32).max / 2:
+        rows, cols = matrix(encoded.shape)
+        if not all(finite(module.decode(encoded, None, block)) for block in blocks(rows, cols)):
+            raise AlignvecError(f"the product of {' and '.join(expected)} leaves float32's range in {encoded.name}")
 
 
 def squared_error(encoded: Encoded, delta: Tensor, base: Tensor | None = None) -> float:
@@ -178,7 +195,7 @@ def squared_error(encoded: Encoded, delta: Tensor, base: Tensor | None = None) -
 
 def _module(name: str) -> ModuleType:
     if name not in FORMATS:
-        raise AlignvecError(f"format {name!r} is not known: choose one of {', '.join(FORMATS)}")
+        raise AlignvecError(f"format {shown(name)!r} is not known: choose one of {', '.join(FORMATS)}")
     return FORMATS[name]
 
 
@@ -187,9 +204,10 @@ def _validate(spec: Spec) -> None:
     module = _module(spec.name)
     for key, value in spec.options.items():
         if key not in module.OPTIONS:
-            raise AlignvecError(f"format {spec.name} has no option {key!r}")
+            raise AlignvecError(f"format {spec.name} has no option {shown(key)!r}")
         kind = type(module.OPTIONS[key])
-        if type(value) not in ((int, float) if kind is float else (kind,)) or value != value:
-            raise AlignvecError(f"format {spec.name}: {key} cannot be {value!r}")
+        fits = type(value) in ((int, float) if kind is float else (kind,)) and value == value
+        if not fits or (type(value) is int and abs(value) >= LARGEST_OPTION):
+            raise AlignvecError(f"format {spec.name}: {key} cannot be {shown(repr(value))}")
     if hasattr(module, "validate"):
         module.validate(Spec(spec.name, {**module.OPTIONS, **spec.options}))

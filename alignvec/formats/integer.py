@@ -72,6 +72,12 @@ def decode(encoded: Encoded, base: Tensor | None, rows: slice | None) -> Tensor:
     return out
 
 
+def bound(encoded: Encoded) -> float:
+    """No decoded value is further from 0. Files may hold the lowest code, which no encoder writes."""
+    scales = encoded.parts["scales"]
+    return max(abs(float(end)) for end in scales.aminmax()) * (LIMITS[encoded.name] + 1) if scales.numel() else 0.0
+
+
 def scale_groups(values: Tensor, scales: Tensor, group: int) -> None:
     """Multiply `values` [rows, cols] in place by `scales` [rows, ceil(cols / group)], one a group of columns."""
     cols = values.shape[1]

@@ -58,6 +58,16 @@ def decode(encoded: Encoded, base: Tensor | None, rows: slice | None) -> Tensor:
     return encoded.parts["B"][start:stop].float() @ encoded.parts["A"].float()
 
 
+def bound(encoded: Encoded) -> float:
+    """No decoded value, and no partial sum of one, is further from 0."""
+    a, b = encoded.parts["A"], encoded.parts["B"]
+    largest = [max(abs(float(end)) for end in part.aminmax()) if part.numel() else 0.0 for part in (a, b)]
+    coarse = a.shape[0] * largest[0] * largest[1]
+    if coarse <= torch.finfo(torch.float32).max / 2:
+        return coarse
+    return float(b.double().norm(dim=1).amax() * a.double().norm(dim=0).amax())
+
+
 def layout(spec: Spec, shape: tuple[int, ...]) -> dict[str, tuple[torch.dtype, tuple[int, int]]]:
     (rows, cols), rank, dtype = matrix(shape), int(spec.options["rank"]), DTYPES[str(spec.options["dtype"])]
     return {"A": (dtype, (rank, cols)), "B": (dtype, (rows, rank))}

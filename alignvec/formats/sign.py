@@ -16,12 +16,15 @@ from alignvec.formats.integer import scale_groups
 from alignvec.formats.spec import Encoded, Option, Spec, blocks, matrix, span
 
 OPTIONS: dict[str, Option] = {"group": 0}  # 0: a row is one group
+LARGEST_GROUP = 1 << 30
 
 
 def validate(spec: Spec) -> None:
     group = spec.options["group"]
-    if not isinstance(group, int) or group < 0 or group % 32:
-        raise AlignvecError(f"format sign: group={group} must be a multiple of 32, or 0 for one scale a row")
+    if not isinstance(group, int) or not 0 <= group <= LARGEST_GROUP or group % 32:
+        raise AlignvecError(
+            f"format sign: group={group} must be a multiple of 32 up to {LARGEST_GROUP}, or 0 for one scale a row"
+        )
 
 
 def encode(spec: Spec, delta: Tensor, base: Tensor | None, aligned: Tensor | None, name: str) -> Encoded:
@@ -29,7 +32,8 @@ def encode(spec: Spec, delta: Tensor, base: Tensor | None, aligned: Tensor | Non
     parts = {
         key: torch.empty(size, dtype=dtype, device=delta.device) for key, (dtype, size) in layout(spec, shape).items()
     }
-    delta, group, groups = delta.reshape(rows, cols), int(spec.options["group"]) or cols, parts["scales"].shape[1]
+    delta, groups = delta.reshape(rows, cols), parts["scales"].shape[1]
+    group = min(int(spec.options["group"]) or cols, cols)
     sizes = torch.full((groups,), group, device=delta.device)
     sizes[-1] = cols - (groups - 1) * group
     largest = torch.finfo(parts["scales"].dtype).max

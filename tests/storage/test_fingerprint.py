@@ -116,7 +116,8 @@ def test_values_rounded_to_float16_are_known_by_their_own_checksum(dtype: torch.
     other = values.to(torch.float16)
     other[-1] += 0.01
     assert mine.differences(identify({"w": other})) == ["w: other values"]
-    early = BaseIdentity.from_json({"config": {}, "tensors": {"w": {"shape": [1], "dtype": "x", "checksum": "y"}}})
+    saved = {"shape": [1], "dtype": "float32", "checksum": "y"}
+    early = BaseIdentity.from_json({"config": {}, "tensors": {"w": saved}})
     assert early.tensors["w"].float16 is None
-    assert early.to_json()["tensors"]["w"] == {"shape": [1], "dtype": "x", "checksum": "y"}
+    assert early.to_json()["tensors"]["w"] == saved
     assert BaseIdentity.from_json(mine.to_json()).tensors["w"].float16 == mine.tensors["w"].float16
