@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from alignvec.errors import AlignvecError
 from alignvec.extract import parse_dtype
+from alignvec.numbers import float32_number
 from alignvec.pictures import write_picture
 from alignvec.rounding import RealisedCoefficients, mix_
 from alignvec.sources import Source, open_source
@@ -55,8 +54,9 @@ def check(
     projected on the delta. Raises AlignvecError for a different base (``transfer`` allows other values).
     """
     held = parse_dtype(dtype)
-    if not all(math.isfinite(coefficient) for coefficient in coefficients):
-        raise AlignvecError("a coefficient is not finite: give numbers like 0.5")
+    coefficients = [
+        float32_number(coefficient, "coefficient", number) for number, coefficient in enumerate(coefficients)
+    ]
     source = open_source(base)
     rows = []
     for label, given in vectors.items():

@@ -18,19 +18,8 @@ from torch import Tensor
 from alignvec.errors import AlignvecError
 from alignvec.folders import steady
 from alignvec.hidden import recover
-from alignvec.untrusted import (
-    brief,
-    opened,
-    parse_json,
-    present,
-    read_json,
-    require_memory,
-    require_name,
-    shown,
-    tensor_shape,
-)
-
-__all__ = ["DTYPES", "Checkpoint", "TensorInfo", "read_json"]
+from alignvec.printable import shown
+from alignvec.untrusted import brief, opened, parse_json, present, read_json, require_memory, require_name, tensor_shape
 
 DTYPES = {
     "F64": torch.float64,

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from alignvec.errors import AlignvecError
-from alignvec.numbers import BEYOND_FLOAT32, float32_number, shown
+from alignvec.numbers import BEYOND_FLOAT32, float32_number
 from alignvec.pickling import NotPickled
+from alignvec.printable import quoted
 from alignvec.standing import PATIENCE, Standing
 from alignvec.steps import Place, Step, Values
 from alignvec.table import Table, stream_capturing
@@ -130,7 +131,7 @@ class Coefficients(NotPickled):
     def mix(self, values: Mapping[str, float]) -> Values:
         """Values by name as one row of the table; names left out are 0."""
         if type(values) is not dict and not isinstance(values, Mapping):
-            raise AlignvecError(f"{shown(values)} is no mix: give coefficients by name, as in {{'medical': 0.7}}")
+            raise AlignvecError(f"{quoted(values)} is no mix: give coefficients by name, as in {{'medical': 0.7}}")
         row = [0.0] * len(self.names)
         for name, value in values.items():
             column = self._column.get(name)

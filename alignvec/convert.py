@@ -10,10 +10,10 @@ from torch import nn
 from alignvec.encoding import asked_for, write_encoded
 from alignvec.errors import AlignvecError
 from alignvec.extract import parse_dtype
+from alignvec.folders import output_folder
 from alignvec.inputs import read_from
 from alignvec.selection import Patterns, as_patterns
 from alignvec.vector import AlignmentVector
-from alignvec.writer import output_folder
 
 ADAPTER = "adapter_config.json"
 

@@ -15,7 +15,8 @@ from alignvec.fingerprint import BaseIdentity
 from alignvec.folders import as_json, write_json
 from alignvec.formats import Encoded, auto
 from alignvec.integrity import SEAL, Checksums, recorded, sealed
-from alignvec.untrusted import brief, read_json, require_name, shown, tensor_shape
+from alignvec.printable import shown
+from alignvec.untrusted import brief, read_json, require_name, tensor_shape
 
 STEM = "alignment_vector"  # alignment_vector.safetensors (or its shards and index) and alignment_vector.json
 SCHEMA = 2  # 1: dense deltas alone, "tensors" gives their shapes

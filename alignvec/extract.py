@@ -15,6 +15,7 @@ from alignvec.deltas import dense_header
 from alignvec.description import STEM, describe
 from alignvec.encoding import asked_for, encoded_in_memory, write_encoded
 from alignvec.errors import AlignvecError
+from alignvec.folders import output_folder
 from alignvec.pairing import Plan, alike, match
 from alignvec.selection import Patterns, as_patterns, selected
 from alignvec.sources import Source, StoredSource, open_source
@@ -22,7 +23,7 @@ from alignvec.streaming import CHUNK as CHUNK
 from alignvec.streaming import MemoryWriter, Survey, stream
 from alignvec.tokenizer_files import tokenizer_record
 from alignvec.vector import AlignmentVector
-from alignvec.writer import ShardWriter, output_folder
+from alignvec.writer import ShardWriter
 
 
 def extract(

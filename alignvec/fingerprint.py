@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from alignvec.errors import AlignvecError
+from alignvec.printable import shown
 from alignvec.sums import ROW, Sums, as_float16, sums
-from alignvec.untrusted import brief, shown, tensor_shape
+from alignvec.untrusted import brief, tensor_shape
 from alignvec.wrappers import inner_model, is_adapter, live_names
 
 STEP = 128 * ROW  # values converted at a time: 4 MiB of bfloat16

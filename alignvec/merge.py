@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import math
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -16,13 +15,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from alignvec.checkpoint import Checkpoint, TensorInfo, read_json
+from alignvec.checkpoint import Checkpoint, TensorInfo
 from alignvec.deltas import require_finite
 from alignvec.errors import AlignvecError
 from alignvec.exact import restored
 from alignvec.extract import CHUNK, parse_dtype
 from alignvec.fingerprint import dtype_name
+from alignvec.folders import output_folder, write_json
 from alignvec.inputs import read_from
+from alignvec.numbers import float32_number
 from alignvec.owned import REPORT, TEMPLATES
 from alignvec.pairing import HEADS, tied_to
 from alignvec.progress import bytes_bar
@@ -30,8 +31,9 @@ from alignvec.rounding import ROUNDINGS, RealisedCoefficients, mix_
 from alignvec.sources import StoredSource, in_order, open_source
 from alignvec.stored_base import Digest, bind, knows, require_base
 from alignvec.tokenizer_files import TokenizerWarning, copy_tokenizer, notes_on, replacement_for
+from alignvec.untrusted import read_json
 from alignvec.vector import AlignmentVector
-from alignvec.writer import ShardWriter, output_folder, write_json
+from alignvec.writer import ShardWriter
 
 __all__ = ["MergeReport", "RealisedCoefficients", "merge", "mix_", "require_base"]
 
@@ -141,8 +143,7 @@ def check_coefficients(vectors: Mapping[str, object], coefficients: Mapping[str,
     for name in vectors:
         if name not in coefficients:
             raise AlignvecError(f"vector {name!r} has no coefficient: give one, 0 to leave it out")
-        if not math.isfinite(coefficients[name]):
-            raise AlignvecError(f"the coefficient of {name!r} is {coefficients[name]}: it must be a finite number")
+        float32_number(coefficients[name], "the coefficient of", name)
 
 
 class _Plan:

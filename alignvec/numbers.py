@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from alignvec.errors import AlignvecError
+from alignvec.printable import quoted
 
 # From here on a number is infinite in float32: halfway between its largest one, 2**128 - 2**104, and 2**128.
 BEYOND_FLOAT32 = 2.0**128 - 2.0**103
-_SHOWN = 60  # characters of a value in a message
 
 
 def float32_number(value: Any, what: str, name: object) -> float:
@@ -22,16 +22,7 @@ def float32_number(value: Any, what: str, name: object) -> float:
     except OverflowError:
         number = BEYOND_FLOAT32
     except (TypeError, ValueError, RuntimeError):  # the last is torch's, of a tensor with several elements
-        raise AlignvecError(f"{what} {name!r} must be a number, not {shown(value)}") from None
+        raise AlignvecError(f"{what} {name!r} must be a number, not {quoted(value)}") from None
     if not -BEYOND_FLOAT32 < number < BEYOND_FLOAT32:
-        raise AlignvecError(f"{what} {name!r} is {shown(value)}; it must be finite, also in float32 (below 3.4e38)")
+        raise AlignvecError(f"{what} {name!r} is {quoted(value)}; it must be finite, also in float32 (below 3.4e38)")
     return number
-
-
-def shown(value: Any) -> str:
-    """A value in a message, cut where it is long."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python writes no integers of thousands of digits
-        return f"an integer of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

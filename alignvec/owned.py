@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from fnmatch import fnmatchcase
 from pathlib import Path
+
+from alignvec.errors import AlignvecError
+from alignvec.untrusted import read_json
 
 TEMPLATES = "additional_chat_templates"  # a folder of further chat templates
 TOKENIZER_FILES = (
@@ -18,7 +20,6 @@ REPORT = "merge_report.json"
 DESCRIPTIONS = ("alignment_vector.json", "adapter_config.json", REPORT, *CONFIGS)
 WEIGHTS = re.compile(r"(alignment_vector|model|adapter_model)(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 INDEX = ".safetensors.index.json"
-LARGEST = 1 << 28  # bytes of a list of files that are read
 
 
 def is_weights(name: str) -> bool:
@@ -54,11 +55,10 @@ def _listed(folder: Path) -> set[str]:
         if not file.name.endswith(INDEX) and file.name != REPORT:
             continue
         try:
-            if not file.is_file() or file.stat().st_size > LARGEST:
-                continue
-            data = json.loads(file.read_bytes())
-            found = data.get("files") if file.name == REPORT else list(data["weight_map"].values())
-        except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError):
+            data = read_json(file)
+        except AlignvecError:
             continue
-        names.update(name for name in found or () if isinstance(name, str))
+        found = data.get("files") if file.name == REPORT else data.get("weight_map")
+        listed = found.values() if isinstance(found, dict) else found if isinstance(found, list) else ()
+        names.update(name for name in listed if isinstance(name, str))
     return names

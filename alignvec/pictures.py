@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alignvec.errors import AlignvecError
-from alignvec.writer import replaced
+from alignvec.folders import replaced
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -15,3 +15,20 @@ def printable(text: str, keep: str = "") -> str:
     ``keep``: characters that stay as they are, such as the line breaks of an answer.
     """
     return _ACTED_ON.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], text)
+
+
+def shown(value: object, most: int = 80) -> str:
+    """A value as text, of which the beginning is enough."""
+    return _cut(value, most) if isinstance(value, str) else quoted(value, most)
+
+
+def quoted(value: object, most: int = 80) -> str:
+    """A value as Python writes it, of which the beginning is enough."""
+    try:
+        return _cut(repr(value), most)
+    except ValueError:  # Python writes no integers of thousands of digits
+        return f"an integer of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -15,8 +15,9 @@ from alignvec.errors import AlignvecError
 from alignvec.folders import write_json
 from alignvec.owned import CONFIGS, TEMPLATES, TOKENIZER_FILES, is_tokenizer_file
 from alignvec.pairing import EMBEDDINGS
+from alignvec.printable import shown
 from alignvec.sources import Source, StoredSource, local_path
-from alignvec.untrusted import present, read_json, read_text, shown
+from alignvec.untrusted import present, read_json, read_text
 
 if TYPE_CHECKING:
     from alignvec.vector import AlignmentVector

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from alignvec.errors import AlignvecError
+from alignvec.printable import shown
 
 MOST_TEXT = 1 << 27  # bytes of a file that is parsed
 MOST_OBJECTS = 1 << 21  # objects and arrays in it, of some 200 bytes of memory each
@@ -145,12 +146,6 @@ def require_memory(nbytes: int, what: str) -> None:
 def brief(error: BaseException) -> str:
     """An exception in one short line: what parsers say may quote the file."""
     return shown(" ".join(str(error).split()) or type(error).__name__, 200)
-
-
-def shown(value: object, most: int = 80) -> str:
-    """A value as text, of which the beginning is enough."""
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def _require_regular(file: Path, mode: int) -> None:

@@ -18,14 +18,15 @@ from alignvec.deltas import STEP, BaseValues, InMemory, Stored, key
 from alignvec.description import STEM, Error, describe, known_format, read_description, title
 from alignvec.errors import AlignvecError
 from alignvec.fingerprint import BaseIdentity, summary
-from alignvec.folders import steady
+from alignvec.folders import output_folder, steady
 from alignvec.formats import Encoded, Spec
 from alignvec.hidden import recover
 from alignvec.inputs import read_from
 from alignvec.integrity import checksum_of, meaning
+from alignvec.printable import quoted
 from alignvec.selection import Patterns, as_patterns, selected
 from alignvec.sources import LiveSource, Source, StoredSource, open_source
-from alignvec.writer import ShardWriter, output_folder, require_apart
+from alignvec.writer import ShardWriter, require_apart
 
 if TYPE_CHECKING:
     from alignvec.statistics import LayerStatistics
@@ -221,20 +222,24 @@ class AlignmentVector:
     def __mul__(self, factor: float) -> AlignmentVector:
         if not isinstance(factor, Real):
             return NotImplemented
-        if not math.isfinite(factor):
-            raise AlignvecError(f"an alignment vector cannot be multiplied by {factor}: the factor must be finite")
+        number = _float(factor)
+        if not math.isfinite(number):
+            raise AlignvecError(f"an alignment vector cannot be multiplied by {quoted(factor)}: choose a finite factor")
         if factor == 1:
             return self
-        return AlignmentVector(Combination([(float(factor), self._deltas)]), self.base, source=_adapters(self))
+        return AlignmentVector(Combination([(number, self._deltas)]), self.base, source=_adapters(self))
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float) -> AlignmentVector:
         if not isinstance(divisor, Real):
             return NotImplemented
-        if divisor == 0:
-            raise AlignvecError("an alignment vector cannot be divided by zero")
-        return self * (1.0 / float(divisor))
+        number = _float(divisor)
+        if not math.isfinite(number) or number == 0 or not math.isfinite(1.0 / number):
+            raise AlignvecError(
+                f"an alignment vector cannot be divided by {quoted(divisor)}: choose a divisor that is finite and not 0"
+            )
+        return self * (1.0 / number)
 
     def __neg__(self) -> AlignmentVector:
         return self * -1.0
@@ -349,6 +354,13 @@ class AlignmentVector:
         base = self.base if other.base is not None else None
         sum_of = Combination([(1.0, self._deltas), (factor, other._deltas)])
         return AlignmentVector(sum_of, base, source=_adapters(self, other))
+
+
+def _float(value: Real) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def _adapters(*vectors: AlignmentVector) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from alignvec.fingerprint import TensorIdentity, checksum, identifying, summary
 from alignvec.fit import quantised_as, require_fit
 from alignvec.heads import own_head
 from alignvec.names import LiveNames, Places, checkpoint_layout, locate, parameter_value
+from alignvec.printable import shown
 from alignvec.unloaded import Unloaded, quantisation
-from alignvec.untrusted import shown
 from alignvec.vector import AlignmentVector
 from alignvec.wrappers import is_persistent
 

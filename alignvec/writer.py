@@ -15,9 +15,7 @@ from torch import Tensor
 
 from alignvec.checkpoint import DTYPES, TensorInfo
 from alignvec.errors import AlignvecError
-from alignvec.folders import output_folder as output_folder
-from alignvec.folders import replaced as replaced
-from alignvec.folders import write_json as write_json
+from alignvec.folders import write_json
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

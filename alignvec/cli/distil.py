@@ -33,10 +33,10 @@ def distil(
 
     Example: alignvec distil base/ medical-av medical-sign texts.jsonl medical-sign-distilled
     """
+    from alignvec.folders import output_folder
     from alignvec.loading import load_tokenizer
     from alignvec.sources import local_path
     from alignvec.train import distil as train_scales
-    from alignvec.writer import output_folder
 
     model, target = model_folder(base), local_path(aligned)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -54,9 +54,9 @@ def search(
     import alignvec.search as searching
     from alignvec.evaluate import load_questions
     from alignvec.evaluate.questions import domains_of, first_of_each, levels_of
+    from alignvec.folders import replaced, write_json
     from alignvec.pictures import require_picture
     from alignvec.planner import check_choice
-    from alignvec.writer import replaced, write_json
 
     check_choice("--method", method, METHODS)
     if plot is not None:

@@ -54,10 +54,10 @@ def train(
     from alignvec.convert import convert
     from alignvec.encoding import asked_for
     from alignvec.evaluate import load_questions
+    from alignvec.folders import output_folder
     from alignvec.loading import load_tokenizer
     from alignvec.train import load_pairs, pairs_from_questions, train_dpo
     from alignvec.vector import AlignmentVector
-    from alignvec.writer import output_folder
 
     if format is not None:
         asked_for(format)

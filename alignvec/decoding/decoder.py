@@ -23,7 +23,7 @@ from alignvec.decoding.runner import Runner
 from alignvec.decoding.sampling import Sampler, Sampling
 from alignvec.decoding.step import Forward, Graphs, Kind, Output, State
 from alignvec.errors import AlignvecError
-from alignvec.numbers import shown
+from alignvec.printable import quoted
 from alignvec.standing import Reading
 
 if TYPE_CHECKING:
@@ -450,7 +450,7 @@ class Decoder:
         if self._alignment is not None:
             return Follow(number, batch) if mix is None else resolve(self._alignment.table, mix)
         if mix is not None:
-            raise AlignvecError(f"the model has no vectors, so a row cannot have the mix {shown(mix)}")
+            raise AlignvecError(f"the model has no vectors, so a row cannot have the mix {quoted(mix)}")
         return None
 
     def _table(self, reading: Reading) -> Coefficients | None:

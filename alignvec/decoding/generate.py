@@ -12,7 +12,8 @@ from alignvec.decoding.mixes import Mix, Schedule
 from alignvec.decoding.sampling import Sampling
 from alignvec.decoding.step import MAX_POLICIES
 from alignvec.errors import AlignvecError
-from alignvec.numbers import float32_number, shown
+from alignvec.numbers import float32_number
+from alignvec.printable import quoted
 
 if TYPE_CHECKING:
     from alignvec.decoding.decoder import Decoder
@@ -195,5 +196,5 @@ def _policies(blend: Blend | None, mixes: object, max_batch: int) -> list[Mix | 
         raise AlignvecError(f"blend has {len(blend)} policies; give 1 to {MAX_POLICIES}")
     for item in blend:
         if not isinstance(item, Sequence) or len(item) != 2 or not isinstance(item[0], Mapping):
-            raise AlignvecError(f"{shown(item)} is no policy of a blend; give (mix, weight) pairs")
+            raise AlignvecError(f"{quoted(item)} is no policy of a blend; give (mix, weight) pairs")
     return [mix for mix, _ in blend]

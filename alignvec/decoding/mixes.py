@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from alignvec.coefficients import Coefficients
 from alignvec.errors import AlignvecError
-from alignvec.numbers import shown
+from alignvec.printable import quoted
 from alignvec.standing import Reading
 
 Mix: TypeAlias = Mapping[str, float]
@@ -51,7 +51,7 @@ def resolve(coefficients: Coefficients, schedule: Schedule) -> Callable[[int], V
         return lambda token: coefficients.mix(schedule(token))
     if isinstance(schedule, str) or not isinstance(schedule, Sequence) or not schedule:
         raise AlignvecError(
-            f"{shown(schedule)} is no schedule: give a mix, a list of mixes, or a function of the position"
+            f"{quoted(schedule)} is no schedule: give a mix, a list of mixes, or a function of the position"
         )
     table = [coefficients.mix(mix) for mix in schedule]
     return lambda token: table[min(token, len(table) - 1)]

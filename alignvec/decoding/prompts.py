@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from alignvec.errors import AlignvecError
-from alignvec.numbers import shown
+from alignvec.printable import quoted
 
 if TYPE_CHECKING:
     from alignvec.decoding.runner import Runner
@@ -59,7 +59,7 @@ def _integer(token: Any, vocabulary: int) -> int:
 
 def _no_token(token: Any, vocabulary: int) -> AlignvecError:
     return AlignvecError(
-        f"{shown(token)} is no token id of this model, whose vocabulary has {vocabulary}; give integers from 0 to "
+        f"{quoted(token)} is no token id of this model, whose vocabulary has {vocabulary}; give integers from 0 to "
         f"{vocabulary - 1}, of this model's tokenizer"
     )
 
@@ -73,7 +73,7 @@ def whole(limit: Any) -> int:
     try:
         return operator.index(limit)
     except TypeError:
-        raise AlignvecError(f"max_new_tokens={shown(limit)} must be an integer of at least 1") from None
+        raise AlignvecError(f"max_new_tokens={quoted(limit)} must be an integer of at least 1") from None
 
 
 def require_room(prompt: Sequence[int], limit: int, runner: Runner, max_length: int) -> None:

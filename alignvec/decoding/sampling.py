@@ -15,7 +15,8 @@ from torch import Tensor
 
 from alignvec.decoding.uniform import split, uniform
 from alignvec.errors import AlignvecError
-from alignvec.numbers import BEYOND_FLOAT32, shown
+from alignvec.numbers import BEYOND_FLOAT32
+from alignvec.printable import quoted
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Sampling:
 
 def _check(sampling: Sampling, option: str, good: bool, wanted: str) -> None:
     if not good:
-        raise AlignvecError(f"{option} is {shown(getattr(sampling, option))}; it must be {wanted}")
+        raise AlignvecError(f"{option} is {quoted(getattr(sampling, option))}; it must be {wanted}")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from alignvec.errors import AlignvecError
-from alignvec.writer import replaced
+from alignvec.folders import replaced
 
 
 @dataclass(frozen=True)

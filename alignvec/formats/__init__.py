@@ -19,7 +19,8 @@ from torch import Tensor
 from alignvec.errors import AlignvecError
 from alignvec.formats import dense, integer, lossless, low_rank, sign, sparse
 from alignvec.formats.spec import Encoded, Option, Spec, blocks, finite, matrix, span
-from alignvec.untrusted import require_memory, shown
+from alignvec.printable import shown
+from alignvec.untrusted import require_memory
 
 __all__ = ["FORMATS", "Encoded", "Spec", "check", "decode", "encode", "joined", "layout", "parse", "squared_error"]
 

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from alignvec.checkpoint import Checkpoint
 from alignvec.errors import AlignvecError
+from alignvec.folders import output_folder, write_json
 from alignvec.inputs import read_from
 from alignvec.pairing import EMBEDDINGS, HEADS
 from alignvec.peft.base import CONFIG, PREFIX, STEM, Base
 from alignvec.vector import AlignmentVector
-from alignvec.writer import output_folder, require_names, write_json
+from alignvec.writer import require_names
 
 CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # model types with layers stored as [in, out]
 

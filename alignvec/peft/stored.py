@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from alignvec.checkpoint import Checkpoint, read_json
+from alignvec.checkpoint import Checkpoint
 from alignvec.errors import AlignvecError
 from alignvec.peft import slots, wrappers
 from alignvec.peft.base import CONFIG, PREFIX, STEM, Base
@@ -20,6 +20,7 @@ from alignvec.peft.config import lora_config, require_few, require_plain
 from alignvec.peft.patterns import require_bounded
 from alignvec.peft.slots import NAME
 from alignvec.sources import StoredSource, local_path
+from alignvec.untrusted import read_json
 
 FACTOR = re.compile(r"(?P<path>.+)\.lora_((?P<matrix>[AB])\.weight|(?P<bias>B\.bias)|(?P<embedding>embedding_[AB]))")
 DRAWN = (False, "orthogonal")  # values of init_lora_weights that give A and B random values

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from alignvec.errors import AlignvecError
+from alignvec.numbers import float32_number
 from alignvec.search.storage import Header, Storage
 
 Mix = Mapping[str, float]
@@ -123,8 +123,7 @@ class Landscape:
             for name, coefficient in mix.items():
                 if name not in self.names:
                     raise AlignvecError(f"no vector is named {name!r}: there are {', '.join(self.names)}")
-                if not math.isfinite(coefficient):
-                    raise AlignvecError(f"the coefficient of {name!r} is {coefficient}: it must be finite")
+                float32_number(coefficient, "the coefficient of", name)
         return [tuple(round(mix.get(name, 0.0) * MILLION) for name in self.names) for mix in mixes]
 
     def mix(self, key: Key) -> dict[str, float]:

@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from alignvec.errors import AlignvecError
+from alignvec.folders import replaced
 from alignvec.search.landscape import MILLION, Landscape
-from alignvec.writer import replaced
 
 FORMAT = "alignvec landscape grid 1"
 

@@ -19,12 +19,12 @@ from alignvec.description import Error, describe, title
 from alignvec.encoder import square
 from alignvec.errors import AlignvecError
 from alignvec.extract import parse_dtype
+from alignvec.folders import output_folder
 from alignvec.formats import Encoded
 from alignvec.inputs import read_from
 from alignvec.progress import bytes_bar
 from alignvec.spool import Spool
 from alignvec.vector import AlignmentVector
-from alignvec.writer import output_folder
 
 Vectors: TypeAlias = Mapping[str, AlignmentVector | str | Path]
 # A parameter's name and its delta of every vector (zeros where one has none) to its delta of every result.

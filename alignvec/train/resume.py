@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignvec import hidden
-from alignvec.checkpoint import Checkpoint, read_json
+from alignvec.checkpoint import Checkpoint
 from alignvec.errors import AlignvecError
 from alignvec.folders import replaced, told, write_json
+from alignvec.untrusted import read_json
 
 if TYPE_CHECKING:
     from datasets import Dataset

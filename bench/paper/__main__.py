@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from alignvec.writer import replaced
+from alignvec.folders import replaced
 from bench import record
 from bench.paper import experiments
 from bench.paper.report import RESULTS, write_report

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from alignvec.errors import AlignvecError
-from alignvec.writer import replaced
+from alignvec.folders import replaced
 from bench.paper import experiments
 from bench.paper.experiment import Claim, table
 

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from alignvec.checkpoint import Checkpoint, TensorInfo
 from alignvec.errors import AlignvecError
-from alignvec.writer import ShardWriter, output_folder, parse_size
+from alignvec.folders import output_folder
+from alignvec.writer import ShardWriter, parse_size
 from tests.storage.checkpoints import weights, write_checkpoint
 
 INDEX = "model.safetensors.index.json"

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from alignvec.checkpoint import TensorInfo
-from alignvec.writer import ShardWriter, write_json
+from alignvec.folders import write_json
+from alignvec.writer import ShardWriter
 
 Shapes = dict[str, tuple[int, ...]]
 SHAPES: Shapes = {"model.embed_tokens.weight": (32768, 4096)} | {

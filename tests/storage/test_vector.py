@@ -186,7 +186,7 @@ def test_what_does_not_belong_is_refused() -> None:
         AlignmentVector({"w": torch.ones(2).long()})
     with pytest.raises(AlignvecError, match="format 'int3' is not known"):
         AlignmentVector({}, format="int3")
-    with pytest.raises(AlignvecError, match="divided by zero"):
+    with pytest.raises(AlignvecError, match="divided by 0: "):
         AlignmentVector({}) / 0
     with pytest.raises(TypeError):
         AlignmentVector({}) + 1  # type: ignore[operator]
@@ -232,3 +232,14 @@ def test_broken_folders_are_refused(tmp_path: Path, message: str, damage: Callab
     with pytest.raises(AlignvecError) as caught:
         alignvec.load(tmp_path / "v")
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [10**400, -(10**5000), math.inf, math.nan], ids=["large", "larger", "inf", "nan"])
+def test_factors_and_divisors_are_finite(number: float) -> None:
+    vector = AlignmentVector({"w": torch.ones(2)})
+    with pytest.raises(AlignvecError, match="cannot be multiplied by .*: choose a finite factor"):
+        vector * number
+    with pytest.raises(AlignvecError, match="cannot be divided by"):
+        vector / number
+    with pytest.raises(AlignvecError, match="cannot be divided by 1e-320"):
+        vector / 1e-320
