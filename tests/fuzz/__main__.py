@@ -1,7 +1,8 @@
 """Mutate and use folders: `python -m tests.fuzz [--minutes N] [--seed N] [--kind vector|adapter|checkpoint] [--kept]`.
 
-Prints counts by kind and outcome; ends with status 1, and a line of JSON a failure, where something but a right result
-or an AlignvecError came out. Such a line belongs into seeds.json, which `--kept` replays.
+Prints, by kind, how many uses of folders were right, refused as damaged by a checksum, refused otherwise, or failed;
+ends with status 1, and a line of JSON a failure, where something but a right result or an AlignvecError came out. Such
+a line belongs into seeds.json, which `--kept` replays.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import os
 import shutil
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 KEPT = Path(__file__).with_name("seeds.json")
@@ -31,13 +31,13 @@ def main() -> int:
     import torch
     import transformers
 
-    from tests.fuzz.run import BATCH, Case, opened, report
+    from tests.fuzz.run import BATCH, TITLE, Case, Count, opened, report
 
     torch.set_num_threads(1)  # threads of OpenMP do not survive a fork
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     transformers.logging.disable_progress_bar()
     fuzz = opened()
-    counts: Counter[tuple[str, str]] = Counter()
+    counts: dict[str, Count] = {}
     failures = 0
     start, first = time.monotonic(), int(time.time()) if options.seed is None else options.seed
     try:
@@ -59,8 +59,9 @@ def main() -> int:
         shutil.rmtree(fuzz.folder, ignore_errors=True)
     number = len(cases) if options.kept else seed - first
     print(f"{number} cases from seed {first} in {time.monotonic() - start:.0f} s")
-    for (kind, found), count in sorted(counts.items()):
-        print(f"{kind:>12} {found:>8} {count:>8}")
+    print(TITLE)
+    for kind, count in sorted(counts.items()):
+        print(count.line(kind))
     return 1 if failures else 0
 
 

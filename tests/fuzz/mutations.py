@@ -10,6 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tests.fuzz import hostile
+from tests.fuzz.files import data_start, parsed, with_header, with_tensor, with_value
+from tests.fuzz.seals import DESCRIPTION, seal, unseal
+
 Step = dict[str, Any]
 MARK = "@@mark@@"
 # JSON texts that readers trip over.
@@ -57,23 +61,49 @@ NASTY = {
 NAMES = ("", "..", "model.layers.²", "model.norm.weight/scales", "model.experts.0.w1.weight", "n" * 2000, "[/red]\n")
 BYTES = (0x00, 0x7F, 0x80, 0xFF)
 PLACES = ("pipe", "folder", "loop", "device", "nothing", "empty", "socket", "dangling", "text")
+LINKS = {"loop": "{name}", "device": "/dev/zero", "dangling": "nowhere", "outside": "/etc/hostname", "parent": ".."}
+RAN = "ALIGNVEC_FUZZ_RAN"  # the variable of the environment that code of a folder sets when it is run
+CODE = f"import os\n\nos.environ['{RAN}'] = '1'\n\n\nclass Config:\n    pass\n\n\nModel = Tokenizer = Config\n"
+# After all others: checksums made anew, or taken out, and files that change places with the whole ones while they are
+# read.
+LAST = ("seal", "unseal", "alternate")
 
 
 def plan(draw: random.Random, folder: Path) -> list[Step]:
-    """One to three steps for the files of this folder."""
+    """One to three steps for the files of this folder, or some that belong together, and what is done after them.
+
+    Half of the changed vectors keep their checksums, most others get those of what is there now.
+    """
+    steps = hostile.draw_steps(draw, folder) if draw.random() < 0.4 else _random_steps(draw, folder)
+    if steps and draw.random() < 0.15:
+        steps += hostile.draw_steps(draw, folder)
+    if (folder / DESCRIPTION).exists() and draw.random() < 0.5:
+        steps.append({"do": draw.choice(("seal", "seal", "seal", "unseal"))})
+    if draw.random() < 0.03:
+        steps.append({"do": "alternate"})
+    return steps
+
+
+def kept_seal(steps: list[Step]) -> bool:
+    """Whether a vector's checksums are those that it was written with."""
+    return not any(step["do"] in ("seal", "unseal") for step in steps)
+
+
+def _random_steps(draw: random.Random, folder: Path) -> list[Step]:
     steps: list[Step] = []
     for _ in range(draw.choice((1, 1, 1, 2, 3))):
         files = sorted(file.name for file in folder.iterdir() if file.is_file())
         file = draw.choice(files)
         tree = file.endswith((".json", ".safetensors"))
         if file.endswith(".safetensors") and draw.random() < 0.1:
-            names = sorted(_parsed((folder / file).read_bytes(), ".safetensors"))
+            names = sorted(parsed((folder / file).read_bytes(), ".safetensors"))
             name = draw.choice(names).partition("/")[0]
             steps.append({"do": "everywhere", "file": file, "name": name, "to": draw.choice((*NAMES, *names))})
         elif tree and draw.random() < 0.55:
             steps.append(_in_tree(draw, folder / file))
         elif draw.random() < 0.8:
-            size, data = (folder / file).stat().st_size, _data_start(folder / file)
+            whole = (folder / file).read_bytes()
+            size, data = len(whole), data_start(whole) if file.endswith(".safetensors") else 0
             at = draw.randrange(data if data < size and draw.random() < 0.8 else 0, max(size, 1))
             length = draw.choice((1, 2, 8, size // 4 + 1))
             do = draw.choice(("fill", "fill", "flip", "cut", "extend"))
@@ -86,20 +116,30 @@ def plan(draw: random.Random, folder: Path) -> list[Step]:
 def apply(folder: Path, steps: list[Step]) -> None:
     """Carry the steps out; one that finds nothing to do (a step before took it away) is left out."""
     for step in steps:
+        if step["do"] in LAST:
+            {"seal": seal, "unseal": unseal}.get(step["do"], lambda folder: None)(folder)
+            continue
         file = folder / step["file"]
         if step["do"] == "place":
             _place(file, step["what"])
+        elif step["do"] in ("write", "code"):
+            if not os.path.lexists(file):
+                file.write_text(step.get("text", CODE))
+        elif step["do"] == "link":
+            _link(file, folder / step["to"], step["hard"])
+        elif step["do"] == "set" and not os.path.lexists(file):
+            file.write_text(_set({}, step))
         elif step["do"] == "everywhere":
             for each in sorted(each for each in folder.iterdir() if each.is_file() and not each.is_symlink()):
                 if each.suffix in (".json", ".safetensors"):
                     each.write_bytes(_renamed(each.read_bytes(), step, each.suffix))
         elif file.is_file() and not file.is_symlink():
             data = file.read_bytes()
-            file.write_bytes(_bytes(data, step) if "byte" in step else _tree(data, step, file.suffix))
+            file.write_bytes(_bytes(data, step) if "byte" in step else _change(data, step, file.suffix))
 
 
 def _in_tree(draw: random.Random, file: Path) -> Step:
-    paths = list(_paths(_parsed(file.read_bytes(), file.suffix)))
+    paths = list(_paths(parsed(file.read_bytes(), file.suffix)))
     at = draw.choice(paths) if paths else []
     do = draw.choice(("value", "value", "value", "number", "number", "swap", "delete", "twice", "rename", "wrap"))
     if do == "number":
@@ -117,36 +157,38 @@ def _paths(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[list[Any]]:
         yield from _paths(value, (*path, key))
 
 
-def _data_start(file: Path) -> int:
-    """Where the values of a safetensors file begin; 0 for other files."""
-    data = file.read_bytes()
-    return 8 + int.from_bytes(data[:8], "little") if file.suffix == ".safetensors" else 0
-
-
-def _parsed(data: bytes, suffix: str) -> Any:
-    if suffix == ".safetensors":
-        data = data[8 : 8 + int.from_bytes(data[:8], "little")]
-    return json.loads(data)
+def _change(data: bytes, step: Step, suffix: str) -> bytes:
+    """The file with one change, if there is a place for it."""
+    try:
+        if step["do"] == "tensor":
+            return with_tensor(data, step["name"], step["dtype"], step["shape"])
+        if step["do"] == "number at":
+            return with_value(data, step["name"], step["at"], step["value"])
+        return _tree(data, step, suffix)
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError, OverflowError):
+        return data
 
 
 def _tree(data: bytes, step: Step, suffix: str) -> bytes:
     """The file with one change in its JSON; of a safetensors file the header's, and its length is right."""
-    try:
-        root = _parsed(data, suffix)
+    root = parsed(data, suffix)
+    if step["do"] == "set":
+        text = _set(root, step).encode()
+    else:
         above, key = root, step["at"][-1]
         for each in step["at"][:-1]:
             above = above[each]
         text = _changed(root, above, key, step).encode()
-    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
-        return data
-    return _with_header(text, data) if suffix == ".safetensors" else text
+    return with_header(text, data) if suffix == ".safetensors" else text
 
 
-def _with_header(text: bytes, data: bytes) -> bytes:
-    """A safetensors file with another header of the right length, and the values that it had."""
-    size = int.from_bytes(data[:8], "little")
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + data[8 + size :]
+def _set(root: Any, step: Step) -> str:
+    """The JSON with a value in a place that need not be there yet."""
+    above = root
+    for each in step["at"][:-1]:
+        above = above[each]
+    above[step["at"][-1]] = json.loads(step["json"])
+    return json.dumps(root)
 
 
 def _renamed(data: bytes, step: Step, suffix: str) -> bytes:
@@ -162,10 +204,10 @@ def _renamed(data: bytes, step: Step, suffix: str) -> bytes:
         return {names[key]: renamed(value) for key, value in tree.items()}
 
     try:
-        text = json.dumps(renamed(_parsed(data, suffix))).encode()
+        text = json.dumps(renamed(parsed(data, suffix))).encode()
     except (ValueError, RecursionError):
         return data
-    return _with_header(text, data) if suffix == ".safetensors" else text
+    return with_header(text, data) if suffix == ".safetensors" else text
 
 
 def _changed(root: Any, above: Any, key: Any, step: Step) -> str:
@@ -207,8 +249,20 @@ def _bytes(data: bytes, step: Step) -> bytes:
     return bytes(changed)
 
 
+def _link(file: Path, to: Path, hard: bool) -> None:
+    if not os.path.lexists(file) and to.is_file():
+        if hard:
+            os.link(to, file)
+        else:
+            file.symlink_to(to.name)
+
+
 def _place(file: Path, what: str) -> None:
-    """Put something else where a file is."""
+    """Put something else where a file is, or could be."""
+    if not file.parent.exists():
+        file.parent.mkdir()
+    if not file.parent.is_dir():
+        return
     if os.path.lexists(file) and (file.is_symlink() or not file.is_dir()):
         file.unlink()
     if os.path.lexists(file):
@@ -225,4 +279,4 @@ def _place(file: Path, what: str) -> None:
     elif what == "text":
         file.write_text("version https://git-lfs.github.com/spec/v1\n")
     elif what != "nothing":
-        file.symlink_to({"loop": file.name, "device": "/dev/zero", "dangling": "nowhere"}[what])
+        file.symlink_to(LINKS[what].format(name=file.name))

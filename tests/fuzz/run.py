@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import builtins
+import contextlib
 import os
 import random
 import resource
@@ -9,9 +11,11 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +48,18 @@ class Fuzz:
         self.folder, self.whole = folder, folder / "whole"
         subjects.make(self.whole)
         self.uses = Uses(self.whole, folder)
-        for (
-            kind
-        ) in subjects.KINDS:  # every import and cache, once, before processes are forked; and the whole are right
+        # Every import and cache, once, before processes are forked; and the whole are right.
+        for kind in subjects.KINDS:
             for subject in sorted((self.whole / kind).iterdir()):
                 for use in self.uses.of(kind):
                     found = outcome(use, subject)
                     if found != "right" and use.__name__ not in ("adapter_alone", "tokenizer"):
                         raise AssertionError(f"{use.__name__} of the whole {subject.name}: {found}")
+        self.written = {
+            each.name: self.uses.values(each)
+            for each in (self.whole / "vector").iterdir()
+            if each.name != "schema-1"  # which has no checksums
+        }
 
     def draw(self, seed: int, kind: str | None = None) -> Case:
         """The case of a seed."""
@@ -99,7 +107,9 @@ class Fuzz:
         return [(int(index), name, found) for index, name, found in lines], died
 
     def _child(self, cases: list[Case], say: Callable[[str], object]) -> None:
-        quiet = os.open(os.devnull, os.O_WRONLY)
+        quiet = os.open(os.devnull, os.O_RDWR)
+        builtins.input = _asked
+        os.dup2(quiet, 0)
         os.dup2(quiet, 1)
         os.dup2(quiet, 2)
         limit = _address_space() + MEMORY
@@ -108,24 +118,87 @@ class Fuzz:
         for index, case in enumerate(cases):
             signal.setitimer(signal.ITIMER_PROF, SECONDS)  # the signals' default action ends the process
             signal.alarm(PATIENCE)
-            folder = self.folder / "case"
+            begun, folder, whole = time.monotonic(), self.folder / "case", self.whole / case.kind / case.subject
             shutil.rmtree(folder, ignore_errors=True)
-            shutil.copytree(self.whole / case.kind / case.subject, folder)
+            shutil.copytree(whole, folder)
             mutations.apply(folder, case.steps)
-            for use in self.uses.of(case.kind):
-                say(f"{index}\t{use.__name__}\t{outcome(use, folder)}\n")
-            say(f"{index}\tend\t\n")
+            self.uses.written = self.written.get(case.subject) if mutations.kept_seal(case.steps) else None
+            with alternating(folder, whole) if {"do": "alternate"} in case.steps else contextlib.nullcontext():
+                for use in self.uses.of(case.kind):
+                    found = outcome(use, folder)
+                    if os.environ.pop(mutations.RAN, None):
+                        found = "code of the folder was run"
+                    say(f"{index}\t{use.__name__}\t{found}\n")
+            say(f"{index}\tend\t{time.monotonic() - begun}\n")
 
 
-def report(cases: Iterator[tuple[Case, str, str]], counts: Counter[tuple[str, str]]) -> Iterator[tuple[Case, str]]:
+@dataclass
+class Count:
+    """What came of the cases of one kind: seconds that they took, and their uses by outcome."""
+
+    cases: int = 0
+    seconds: float = 0.0
+    uses: Counter[str] = field(default_factory=Counter)
+
+    def line(self, kind: str) -> str:
+        speed = self.cases / self.seconds if self.seconds else 0.0
+        return " ".join(
+            [f"{kind:>10} {self.cases:>8}", *(f"{self.uses[each]:>9}" for each in OUTCOMES), f"{speed:>9.1f}"]
+        )
+
+
+OUTCOMES = ("right", "damaged", "refused", "failed")
+TITLE = " ".join([f"{'':>10} {'cases':>8}", *(f"{each:>9}" for each in OUTCOMES), f"{'cases/s':>9}"])
+
+
+def report(cases: Iterator[tuple[Case, str, str]], counts: dict[str, Count]) -> Iterator[tuple[Case, str]]:
     """Counts outcomes by kind and gives the failures."""
     for case, use, found in cases:
+        count = counts.setdefault(case.kind, Count())
         if use == "end":
+            count.cases += 1
+            count.seconds += float(found)
             continue
-        good = found in ("right", "refused")
-        counts[case.kind, found if good else "failed"] += 1
+        good = found in OUTCOMES
+        count.uses[found if good else "failed"] += 1
         if not good:
             yield case, f"{use}: {found}"
+
+
+@contextlib.contextmanager
+def alternating(folder: Path, whole: Path) -> Iterator[None]:
+    """While the block runs, a thread puts the whole files in the places of the changed ones, and back, at random."""
+    stopped = threading.Event()
+    spare = folder.with_name("spare")
+    shutil.rmtree(spare, ignore_errors=True)
+    spare.mkdir()
+    names = [file.name for file in whole.iterdir() if file.is_file() and not (folder / file.name).is_dir()]
+    for name in names:
+        shutil.copyfile(whole / name, spare / f"whole.{name}")
+        if os.path.lexists(folder / name):
+            (folder / name).rename(spare / f"changed.{name}")
+            os.link(spare / f"changed.{name}", folder / name, follow_symlinks=False)
+
+    def alternate() -> None:
+        draw = random.Random(0)
+        while not stopped.wait(draw.choice((0, 1e-5, 1e-4, 1e-3))):
+            name = draw.choice(names)
+            with contextlib.suppress(OSError):
+                os.link(spare / f"{draw.choice(('whole', 'changed'))}.{name}", spare / "next", follow_symlinks=False)
+                os.replace(spare / "next", folder / name)
+            (spare / "next").unlink(missing_ok=True)  # a link that is replaced by one to the same file stays
+
+    thread = threading.Thread(target=alternate)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        thread.join()
+
+
+def _asked(*words: object) -> str:
+    raise RuntimeError(f"a question was asked at the terminal: {words}")
 
 
 def opened() -> Fuzz:

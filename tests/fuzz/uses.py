@@ -35,6 +35,7 @@ class Uses:
         self.model = subjects.load(whole / "base")
         self.names = dict(self.model.named_parameters())
         self.tokens = torch.tensor([[3, 1, 4, 1, 5, 9]])
+        self.written: dict[str, torch.Tensor] | None = None  # what a vector with its first checksums has to read as
 
     def of(self, kind: str) -> list[Callable[[Path], None]]:
         """The uses of a kind of folder. One that is refused does not keep the next from being tried."""
@@ -44,8 +45,19 @@ class Uses:
             return [self.adapter, self.adapter_alone]
         return [self.extract_from, self.extract_to, self.merge_into, self.base_of_adapter, self.tokenizer]
 
+    def values(self, folder: Path) -> dict[str, torch.Tensor]:
+        """All deltas of a vector."""
+        return {name: delta.clone() for name, delta in self._load(folder).items()}
+
     def read(self, folder: Path) -> None:
-        self._read(self._load(folder))
+        vector = self._load(folder)
+        self._read(vector)
+        if self.written is not None:
+            if vector.names != tuple(self.written):
+                raise WrongError(f"it has the deltas {list(vector.names)}, and was written with others")
+            for name, delta in self.written.items():
+                if vector[name].dtype != delta.dtype or not torch.equal(vector[name], delta):
+                    raise WrongError(f"{name} is not what was written, and passed for it")
 
     def inspect(self, folder: Path) -> None:
         shown = io.StringIO()
@@ -160,13 +172,17 @@ class Uses:
 
 
 def outcome(use: Callable[[Path], None], folder: Path) -> str:
-    """ "right", "refused", or what is wrong."""
+    """ "right", "damaged" or "refused" (by a checksum, or otherwise), or what is wrong."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             use(folder)
     except AlignvecError as error:
-        return "refused" if len(str(error)) < 5000 else f"a refusal of {len(str(error))} characters: {error!s:.100}"
+        if len(str(error)) >= 5000:
+            return f"a refusal of {len(str(error))} characters: {error!s:.100}"
+        if "\n" in str(error):
+            return f"a refusal of several lines: {str(error)!r:.200}"
+        return "damaged" if "is damaged" in str(error) else "refused"
     except BaseException as error:
         frames = []
         trace = error.__traceback__
