@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from alignvec.errors import AlignvecError
@@ -26,3 +27,14 @@ def float32_number(value: Any, what: str, name: object) -> float:
     if not -BEYOND_FLOAT32 < number < BEYOND_FLOAT32:
         raise AlignvecError(f"{what} {name!r} is {quoted(value)}; it must be finite, also in float32 (below 3.4e38)")
     return number
+
+
+def float64_sum(total: float, what: str) -> float:
+    """The sum of products that ``what`` needs, in float64.
+
+    Raises:
+        AlignvecError: it overflowed, as squares of float64 values beyond 1e154 do.
+    """
+    if not math.isfinite(total):
+        raise AlignvecError(f"{what} cannot be told, for squares overflow float64: multiply by a small number first")
+    return total

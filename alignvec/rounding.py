@@ -12,6 +12,7 @@ from alignvec.errors import AlignvecError
 
 STEP = 1 << 17  # values at a time: float32 scratch stays in cache
 ROUNDINGS = ("nearest", "stochastic")
+SMALLEST = 1e-24  # a sum of float32 squares below it may have lost some of them
 
 
 def mix_(
@@ -64,7 +65,8 @@ def stochastic(values: Tensor, dtype: torch.dtype, generator: torch.Generator | 
 class RealisedCoefficients:
     """Least squares of a realised edit on the vectors, gathered tensor by tensor, or piece by piece.
 
-    Products are float32 within a piece of 2**17 values (float64 for float64 tensors), their sums float64.
+    Products are float32 within a piece of 2**17 values (float64 for float64 tensors, and where float32 overflows or
+    has too small numbers for them), their sums float64.
     """
 
     def __init__(self, count: int) -> None:
@@ -85,6 +87,9 @@ class RealisedCoefficients:
             rows[-2].sub_(rows[-1])
             flat = rows[:-1].flatten(1)
             products = (flat[:-1] @ flat.T).double().cpu()
+            if not (products.isfinite().all() and (products.diagonal() > SMALLEST).all()):
+                flat = flat.double()
+                products = (flat[:-1] @ flat.T).cpu()
             self._gram[numbers[:, None], numbers] += products[:, :-1]
             self._edit[numbers] += products[:, -1]
 
@@ -95,7 +100,15 @@ class RealisedCoefficients:
 
     def solve(self, requested: Sequence[float] | None = None) -> list[float]:
         """The coefficients that explain the edit best; among equally good ones (zero or collinear vectors), those
-        nearest to ``requested`` (zeros if it is not given)."""
+        nearest to ``requested`` (zeros if it is not given).
+
+        Raises AlignvecError for vectors so large that their products overflow float64.
+        """
+        if not (self._gram.isfinite().all() and self._edit.isfinite().all()):
+            raise AlignvecError(
+                "the realised coefficients cannot be told, for products of the deltas overflow float64: multiply the "
+                "vectors by a small number first"
+            )
         wanted = (
             torch.zeros_like(self._edit) if requested is None else torch.tensor(list(requested), dtype=torch.float64)
         )

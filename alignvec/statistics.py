@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from alignvec.numbers import float64_sum
 from alignvec.sources import open_source
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def statistics(vector: AlignmentVector, base: Any = None) -> list[LayerStatistic
         measured = [_measure(vector, name) for name in own]
         readable = all(each.changed is not None for each in measured)
         known = all(each.square is not None for each in measured)
-        square = sum(each.square or 0.0 for each in measured)
+        square = float64_sum(sum(each.square or 0.0 for each in measured), f"the norm of layer {layer}")
         errors = [vector.errors.get(name) for name in own]
         lost = sum(
             error.relative**2 * (each.square or 0.0 if error.norm is None else error.norm**2)
@@ -145,4 +146,5 @@ def _measure(vector: AlignmentVector, name: str) -> _Measured:
         changed += int(piece.count_nonzero())
         square += float(piece.double().square().sum())
         largest = max([largest, *(abs(float(end)) for end in piece.aminmax())])
+    float64_sum(square, f"the norm of delta {name}")
     return _Measured(changed, square, largest)

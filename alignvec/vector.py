@@ -23,6 +23,7 @@ from alignvec.formats import Encoded, Spec
 from alignvec.hidden import recover
 from alignvec.inputs import read_from
 from alignvec.integrity import checksum_of, meaning
+from alignvec.numbers import float64_sum
 from alignvec.printable import quoted
 from alignvec.selection import Patterns, as_patterns, selected
 from alignvec.sources import LiveSource, Source, StoredSource, open_source
@@ -245,24 +246,29 @@ class AlignmentVector:
         return self * -1.0
 
     def dot(self, other: AlignmentVector) -> float:
-        """Inner product over all parameters, accumulated in float64; a parameter that one lacks counts as zero."""
+        """Inner product over all parameters, accumulated in float64; a parameter that one lacks counts as zero.
+
+        Raises AlignvecError where it overflows.
+        """
         self._comparable(other)
         total = 0.0
         for name in self:
             if name in other:
                 pieces = zip(self.chunks(name), other.chunks(name), strict=True)
                 total += sum(float(torch.dot(mine.double(), theirs.double())) for mine, theirs in pieces)
-        return total
+        return float64_sum(total, "the inner product of the vectors")
 
     def norm(self, name: str | None = None) -> float:
-        """Euclidean norm of the whole vector, or of one delta, accumulated in float64."""
+        """Euclidean norm of the whole vector, or of one delta, accumulated in float64. AlignvecError where its square
+        overflows."""
         names = self.names if name is None else (name,)
-        return math.sqrt(sum(float(piece.double().square().sum()) for each in names for piece in self.chunks(each)))
+        square = sum(float(piece.double().square().sum()) for each in names for piece in self.chunks(each))
+        return math.sqrt(float64_sum(square, f"the norm of {'the vector' if name is None else f'delta {name}'}"))
 
     def cosine(self, other: AlignmentVector) -> float:
         """Cosine of the angle to another vector; NaN when one of them is zero."""
-        norms = self.norm() * other.norm()
-        return self.dot(other) / norms if norms else math.nan
+        mine, theirs = self.norm(), other.norm()
+        return self.dot(other) / mine / theirs if mine and theirs else math.nan
 
     def statistics(self, base: Any = None) -> list[LayerStatistics]:
         """One row a layer (and for embedding, norm, head); ``base``, a path or model, adds the relative norms."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from alignvec.deltas import STEP
+from alignvec.numbers import float64_sum
 from alignvec.sources import in_order
 from alignvec.statistics import LAYER, layer_of
 from alignvec.surgery.pieces import PART
@@ -38,7 +39,7 @@ class Cosines:
 def cosines(vectors: Vectors) -> Cosines:
     """The cosines of all pairs in one pass, sums in float64; a parameter that a vector lacks counts as zero.
 
-    Raises AlignvecError for no vectors, or different bases or shapes.
+    Raises AlignvecError for no vectors, different bases or shapes, and products that overflow.
     """
     found = opened(vectors)
     layers: dict[int | str, Tensor] = {}
@@ -82,5 +83,6 @@ def kind_of(name: str) -> str:
 
 
 def _cosines(products: Tensor) -> Tensor:
+    float64_sum(float(products.abs().amax()), "the cosines of the vectors")
     norms = products.diagonal().sqrt()
-    return products / (norms[:, None] * norms)
+    return products / norms[:, None] / norms
