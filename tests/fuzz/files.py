@@ -39,27 +39,41 @@ def with_header(text: bytes, data: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + data[data_start(data) :]
 
 
-def with_tensor(data: bytes, name: str, dtype: str, shape: list[int], values: bytes | None = None) -> bytes:
+def with_tensor(data: bytes, name: str, dtype: str, shape: list[int], filled: bytes = b"\0") -> bytes:
     """A sound safetensors file in which a tensor, new or not, has this dtype and shape.
 
-    ``values``: repeated or cut to fit; by default those that it had. Raises ValueError for more than MOST bytes.
+    Its values are those that it had, repeated or cut to fit, or else ``filled``. ValueError for more than MOST bytes.
     """
-    header = header_of(data)
-    metadata = {key: value for key, value in header.items() if key == "__metadata__"}
-    held = {key: (entry, value_bytes(data, entry)) for key, entry in header.items() if key not in metadata}
+    held = _held(data)
     size = math.prod(shape) * SIZES.get(dtype, 1)
     if not 0 <= size <= MOST:
         raise ValueError(f"{size} bytes")
-    values = (values or (held[name][1] if name in held else b"")) or b"\0"
+    values = held.get(name, ({}, b""))[1] or filled
     held[name] = ({"dtype": dtype, "shape": shape}, (values * (size // len(values) + 1))[:size])
-    entries, at, pieces = dict(metadata), 0, []
+    return _assembled(data, held)
+
+
+def without_tensors(data: bytes, name: str) -> bytes:
+    """A sound safetensors file without a delta's parts."""
+    held = _held(data)
+    return _assembled(data, {key: value for key, value in held.items() if key.partition("/")[0] != name})
+
+
+def _held(data: bytes) -> dict[str, tuple[dict[str, Any], bytes]]:
+    header = header_of(data)
+    return {key: (entry, value_bytes(data, entry)) for key, entry in header.items() if key != "__metadata__"}
+
+
+def _assembled(data: bytes, held: dict[str, tuple[dict[str, Any], bytes]]) -> bytes:
+    """A file of these tensors, with the metadata of the one before."""
+    entries: dict[str, Any] = {key: value for key, value in header_of(data).items() if key == "__metadata__"}
+    at = 0
     for key, (entry, piece) in held.items():
         entries[key] = {**entry, "data_offsets": [at, at + len(piece)]}
         at += len(piece)
-        pieces.append(piece)
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + b"".join(pieces)
+    return len(text).to_bytes(8, "little") + text + b"".join(piece for _, piece in held.values())
 
 
 def with_value(data: bytes, name: str, index: int, value: int) -> bytes:

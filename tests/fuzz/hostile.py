@@ -25,7 +25,7 @@ def draw_steps(draw: random.Random, folder: Path) -> list[Step]:
     names = {file.name for file in folder.iterdir()}
     kinds = [_labels, _shards, _links]
     if DESCRIPTION in names:
-        kinds = [_labels, _shards, _entries, _entries, _entries, _numbers, _numbers, _options, _options]
+        kinds = [_labels, _shards, *[_entries] * 4, *[_numbers] * 3, *[_options] * 2]
     elif "adapter_config.json" in names:
         kinds = [_labels, _fields, _fields, _tensors]
     else:
@@ -36,37 +36,45 @@ def draw_steps(draw: random.Random, folder: Path) -> list[Step]:
 def _entries(draw: random.Random, folder: Path) -> list[Step]:
     """A tensor of another format, shape or option, with parts that fit what its entry says now."""
     tensors = _tensors_of(folder)
-    name = draw.choice(sorted(tensors))
-    entry = tensors[name] if isinstance(tensors[name], dict) else {"shape": tensors[name], "format": "dense"}
-    kind = draw.choice((entry["format"], draw.choice(sorted(formats.FORMATS))))
-    shape = list(entry["shape"])
-    if shape and draw.random() < 0.5:
+    sized = {name: entry if isinstance(entry, dict) else {"shape": entry} for name, entry in tensors.items()}
+    wide = sorted(name for name in sized if len(sized[name]["shape"]) > 1)
+    name = draw.choice(wide if draw.random() < 0.8 else sorted(sized))
+    before = sized[name].get("format", "dense")
+    kind = draw.choice((before, draw.choice(sorted(formats.FORMATS))))
+    shape = list(sized[name]["shape"])
+    if draw.random() < 0.3:
         shape[draw.randrange(len(shape))] = draw.choice([size for size in EDGES if 0 <= size <= 128])
     elif draw.random() < 0.2:
-        shape = draw.choice(([1, *shape], [*shape, 1], shape[::-1], shape[1:], [2**36], [2**20, 2**16]))
+        shape = draw.choice(([1, *shape], [*shape, 1], shape[::-1], shape[1:], [2**36], [2**20, 2**16], [2**24, 3]))
     options = dict(formats.FORMATS[kind].OPTIONS)
-    options |= entry.get("options") or {} if kind == entry["format"] else {}
+    options |= sized[name].get("options") or {} if kind == before else {}
     if kind == "lossless" and not options["dtype"]:
-        options |= {"width": draw.choice((2, 3, 8)), "dtype": draw.choice(("bfloat16", "float16"))}
-    if options and draw.random() < 0.6:
-        options[draw.choice(sorted(options))] = draw.choice([*EDGES, *FRACTIONS, *TEXTS])
+        options |= {"width": draw.choice((2, 3, 8)), "dtype": draw.choice(("bfloat16", "bfloat16", "float16"))}
+    if options and draw.random() < 0.5:
+        key = draw.choice(sorted(options))
+        near = {str: TEXTS, float: [*FRACTIONS, 1], int: EDGES}[type(formats.FORMATS[kind].OPTIONS[key])]
+        options[key] = draw.choice(near)
     steps = [
         _set(DESCRIPTION, ["tensors", name, "shape"], shape),
         _set(DESCRIPTION, ["tensors", name, "format"], kind),
         _set(DESCRIPTION, ["tensors", name, "options"], options),
     ]
-    if draw.random() < 0.5:
+    if draw.random() < 0.8:
         steps.append(_set(DESCRIPTION, ["base", "tensors", name, "shape"], shape))
     try:
         layout = formats.layout(kind, tuple(shape), options)
     except (AlignvecError, ValueError, TypeError, OverflowError):
         return steps
     file = _file_of(folder, name)
+    if kind != before:
+        steps.append({"do": "drop", "file": file, "name": name})
+    count = draw.choice((0, 1, 5, 40))
     for part, (dtypes, sizes) in layout.items():
         dtype = NAMES_OF_DTYPES[draw.choice(dtypes if isinstance(dtypes, tuple) else (dtypes,))]
-        sizes = tuple(draw.choice((0, 1, 5, 40)) if size is None else size for size in sizes)
+        fitting = [count if size is None else size for size in sizes]
         key = f"{name}/{part}" if part else name
-        steps.append({"do": "tensor", "file": file, "name": key, "dtype": dtype, "shape": list(sizes)})
+        filled = {"filled": draw.choice((0, 1, 0x3C, 0x7F, 0xFF))}
+        steps.append({"do": "tensor", "file": file, "name": key, "dtype": dtype, "shape": fitting, **filled})
     return steps
 
 
@@ -126,9 +134,11 @@ def _shards(draw: random.Random, folder: Path) -> list[Step]:
     index = next((file.name for file in folder.glob("*.index.json")), None)
     if index is None:
         stem = files[0].removesuffix(".safetensors")
-        mapped = {key: draw.choice((files[0], "other.safetensors")) for key in header if key != "__metadata__"}
+        places = draw.choice((["a.safetensors"], ["a.safetensors", "b.safetensors"]))
+        mapped = {key: draw.choice(places) for key in header if key != "__metadata__"}
         steps = [{"do": "write", "file": f"{stem}.safetensors.index.json", "text": json.dumps({"weight_map": mapped})}]
-        return [*steps, {"do": "link", "file": "other.safetensors", "to": files[0], "hard": draw.random() < 0.5}]
+        steps += [{"do": "link", "file": place, "to": files[0], "hard": True} for place in places]
+        return [*steps, {"do": "place", "file": files[0], "what": draw.choice(("nothing", "dangling"))}]
     if draw.random() < 0.6:
         other = draw.choice(("other.safetensors", source.upper(), f"./{source}", f"{source}/", f"x/../{source}"))
         steps = [_set(index, ["weight_map", name], other)]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.fuzz import hostile
-from tests.fuzz.files import data_start, parsed, with_header, with_tensor, with_value
+from tests.fuzz.files import data_start, parsed, with_header, with_tensor, with_value, without_tensors
 from tests.fuzz.seals import DESCRIPTION, seal, unseal
 
 Step = dict[str, Any]
@@ -161,7 +161,9 @@ def _change(data: bytes, step: Step, suffix: str) -> bytes:
     """The file with one change, if there is a place for it."""
     try:
         if step["do"] == "tensor":
-            return with_tensor(data, step["name"], step["dtype"], step["shape"])
+            return with_tensor(data, step["name"], step["dtype"], step["shape"], bytes([step.get("filled", 0)]))
+        if step["do"] == "drop":
+            return without_tensors(data, step["name"])
         if step["do"] == "number at":
             return with_value(data, step["name"], step["at"], step["value"])
         return _tree(data, step, suffix)
