@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from alignvec.deltas import as_dense
 from alignvec.extract import parse_dtype
 from alignvec.numbers import float32_number
 from alignvec.pictures import write_picture
@@ -93,16 +94,20 @@ def _block(source: Source, vector: AlignmentVector, name: str, dtype: torch.dtyp
 
 
 def _operator(weight: Tensor, delta: Tensor, coefficients: Sequence[float]) -> Tensor:
-    """The weights that the operator acts with, float32 [coefficients, *weight.shape], read off its output."""
+    """The weights that the operator acts with, [coefficients, *weight.shape], read off its output: float32, or float64
+    of a float64 weight."""
     from alignvec.kernels import eager, operands
+    from alignvec.prepack import dense
 
     count = len(coefficients)
     table = torch.tensor(coefficients, dtype=torch.float32)[:, None]
     columns, rows = torch.zeros(1, dtype=torch.int32), torch.tensor([count], dtype=torch.int32)
-    deltas = [operands.dense(delta.view(-1, delta.shape[-1]))]
+    values = dense(as_dense(delta), weight, weight.device)  # as attached: kernels take no float64
+    deltas = [operands.dense(values.view(-1, delta.shape[-1]))]
     if weight.dim() < 2:
         return eager.mix(weight, deltas, columns, table, rows, count)
-    unit = torch.eye(weight.shape[1]).repeat(count, 1)
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    unit = torch.eye(weight.shape[1], dtype=wide).repeat(count, 1)
     output = eager.linear(unit, weight, None, deltas, None, columns, table, rows)
     return output.view(count, weight.shape[1], weight.shape[0]).transpose(1, 2)
 

@@ -66,9 +66,20 @@ def test_a_float32_model_realises_everything(base: Path) -> None:
 
 def test_bad_input(base: Path) -> None:
     vector = uniform_steps(base, 1)
-    with pytest.raises(AlignvecError, match="a coefficient is not finite"):
+    with pytest.raises(AlignvecError, match="coefficient 0 is nan; it must be finite"):
         check(base, {"v": vector}, [float("nan")])
     with pytest.raises(AlignvecError, match=r"'v' does not fit base: .* no place there \(x\)"):
         check(base, {"v": AlignmentVector({"x": torch.ones(2)})})
     with pytest.raises(AlignvecError, match="dtype int8"):
         check(base, {"v": vector}, dtype="int8")
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_float64_deltas_are_checked_as_they_are_attached(base: Path, name: str) -> None:
+    delta = torch.full(SHAPES[name], 0.25, dtype=torch.float64)
+    (row,) = check(base, {"v": AlignmentVector({name: delta})}, [1.0])
+    assert row.alignvec == pytest.approx(1.0, abs=1e-6)
+    (row,) = check(base, {"v": AlignmentVector({name: delta * 1e60})}, [1.0], dtype="float64")
+    assert row.alignvec == pytest.approx(1.0, abs=1e-6)
+    with pytest.raises(AlignvecError, match="float32"):
+        check(base, {"v": AlignmentVector({name: delta * 1e60})}, [1.0])

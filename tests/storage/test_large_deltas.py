@@ -71,7 +71,7 @@ def test_convert_refuses_what_overflows_and_leaves_nothing(tmp_path: Path) -> No
 NAMES = ["", "a\0b", "a\nb", "é", "😀", "a/b", '"', "\\", "[/red]", "x" * 1000, "x" * 5000, "__metadata__", "\ud800"]
 
 
-@pytest.mark.parametrize("name", NAMES, ids=lambda name: f"{ascii(name[:12])}-{len(name)}")
+@pytest.mark.parametrize("name", NAMES, ids=lambda name: f"{name[:12]!a}-{len(name)}")
 def test_names_are_given_back_or_refused(name: str, tmp_path: Path) -> None:
     """The safetensors library is who says which names a file holds."""
     vector = AlignmentVector({name: torch.ones(2, 32)})
