@@ -89,3 +89,20 @@ FIELDS: dict[str, dict[str, list[Any]]] = {
         "runtime_config": [{}, {"ephemeral_gpu_offload": True}, 7],
     },
 }
+_LABELS: list[Any] = [7, None, ["a"], {"a": 1}, "[/red]\n", "x" * 5000, "../..", True]
+SOURCES: dict[str, list[Any]] = {  # what a vector says of where it comes from
+    "base": _LABELS,
+    "aligned": _LABELS,
+    "adapter": _LABELS,
+    "tokenizer": [{"vocabulary": 7}, {"a" * 2000: "b"}, {"eos_token": ["[/red]"]}, {"chat template": None}, *_LABELS],
+    "selected": [[{"include": 7}], {"include": None}, *_LABELS],
+    "inexact_values": [*EDGES, *_LABELS],
+    "rounding_error": [*FRACTIONS, *_LABELS],
+}
+CONFIGS: dict[str, list[Any]] = {  # and of its base's configuration
+    "model_type": [["gpt2"], {"a": 1}, 7, None, "gpt2", ""],
+    "hidden_size": [*EDGES, *_LABELS],
+    "vocab_size": [*EDGES, *_LABELS],
+    "num_hidden_layers": [*EDGES, *_LABELS],
+    "tie_word_embeddings": [True, "yes", None, [True]],
+}

@@ -10,7 +10,7 @@ from typing import Any
 from alignvec import formats
 from alignvec.checkpoint import DTYPES
 from alignvec.errors import AlignvecError
-from tests.fuzz.fields import CODE, EDGES, FIELDS, FRACTIONS, LABELS, TEXTS
+from tests.fuzz.fields import CODE, CONFIGS, EDGES, FIELDS, FRACTIONS, LABELS, SOURCES, TEXTS
 from tests.fuzz.files import header_of
 
 Step = dict[str, Any]
@@ -25,9 +25,9 @@ def draw_steps(draw: random.Random, folder: Path) -> list[Step]:
     names = {file.name for file in folder.iterdir()}
     kinds = [_labels, _shards, _links]
     if DESCRIPTION in names:
-        kinds = [_labels, _shards, *[_entries] * 4, *[_numbers] * 3, *[_options] * 2]
+        kinds = [_labels, _shards, _sources, *[_entries] * 4, *[_numbers] * 3, *[_options] * 2]
     elif "adapter_config.json" in names:
-        kinds = [_labels, _fields, _fields, _tensors]
+        kinds = [_labels, *[_fields] * 4, *[_tensors] * 2]
     else:
         kinds += [_fields, _fields, _fields, _tensors]
     return draw.choice(kinds)(draw, folder)
@@ -88,6 +88,17 @@ def _options(draw: random.Random, folder: Path) -> list[Step]:
     paths += [["error", key] for key in ("relative", "norm")] if isinstance(entry, dict) else []
     at = ["tensors", name, *(draw.choice(paths) if paths else [0])]
     return [_set(DESCRIPTION, at, draw.choice([*EDGES, *FRACTIONS, *TEXTS]))]
+
+
+def _sources(draw: random.Random, folder: Path) -> list[Step]:
+    """What a vector says of where it comes from, and of its base's configuration."""
+    steps = []
+    for _ in range(draw.choice((1, 1, 2, 4))):
+        place, table = draw.choice((("source", SOURCES), ("source", SOURCES), ("base", CONFIGS)))
+        field = draw.choice(sorted(table))
+        at = [place, field] if place == "source" else [place, "config", field]
+        steps.append(_set(DESCRIPTION, at, draw.choice(table[field])))
+    return steps
 
 
 def _numbers(draw: random.Random, folder: Path) -> list[Step]:

@@ -127,7 +127,7 @@ def apply(folder: Path, steps: list[Step]) -> None:
                 file.write_text(step.get("text", CODE))
         elif step["do"] == "link":
             _link(file, folder / step["to"], step["hard"])
-        elif step["do"] == "set" and not os.path.lexists(file):
+        elif step["do"] == "set" and len(step["at"]) == 1 and not os.path.lexists(file):
             file.write_text(_set({}, step))
         elif step["do"] == "everywhere":
             for each in sorted(each for each in folder.iterdir() if each.is_file() and not each.is_symlink()):

@@ -44,6 +44,7 @@ def make(folder: Path) -> None:
         for parameter in model.parameters():
             parameter += (torch.randn(parameter.shape, generator=generator) * 0.02).to(parameter.dtype)
     model.save_pretrained(folder / "aligned")
+    (folder / "aligned" / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0, "b": 1, "c": 2}}}))
     for name, options in FORMATS.items():
         alignvec.extract(folder / "base", folder / "aligned", output=folder / "vector" / name, **options)  # type: ignore[arg-type]
     _first_schema(folder / "vector" / "dense", folder / "vector" / "schema-1")
@@ -52,7 +53,8 @@ def make(folder: Path) -> None:
     load(folder / "base").save_pretrained(folder / "checkpoint" / "single")
     load(folder / "base").save_pretrained(folder / "checkpoint" / "sharded", max_shard_size="4KB")
     for file in (folder / "base").glob("tokenizer*"):
-        (folder / "checkpoint" / "single" / file.name).write_bytes(file.read_bytes())
+        for checkpoint in ("single", "sharded"):
+            (folder / "checkpoint" / checkpoint / file.name).write_bytes(file.read_bytes())
 
 
 def load(folder: Path) -> nn.Module:

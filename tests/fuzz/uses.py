@@ -17,6 +17,7 @@ import alignvec
 from alignvec.checkpoint import Checkpoint
 from alignvec.cli import inspect as inspecting
 from alignvec.errors import AlignvecError
+from alignvec.peft import to_peft
 from tests.fuzz import subjects
 
 HUGE = 1e30  # the norm of a vector whose mixes may overflow
@@ -40,7 +41,17 @@ class Uses:
     def of(self, kind: str) -> list[Callable[[Path], None]]:
         """The uses of a kind of folder. One that is refused does not keep the next from being tried."""
         if kind == "vector":
-            return [self.read, self.inspect, self.attach, self.transfer, self.merge, self.convert, self.check]
+            return [
+                self.read,
+                self.inspect,
+                self.attach,
+                self.transfer,
+                self.merge,
+                self.convert,
+                self.check,
+                self.save,
+                self.peft,
+            ]
         if kind == "adapter":
             return [self.adapter, self.adapter_alone]
         return [self.extract_from, self.extract_to, self.merge_into, self.base_of_adapter, self.tokenizer]
@@ -87,6 +98,18 @@ class Uses:
             if not math.isfinite(row.alignvec) and vector.norm() < HUGE:
                 raise WrongError(f"a realised coefficient of {row.alignvec}")
 
+    def save(self, folder: Path) -> None:
+        vector = alignvec.load(folder)
+        vector.save(self._output())
+        made, vector = self._load(self.scratch / "output"), self._load(folder)
+        self._same(vector, made, 0.0)
+
+    def peft(self, folder: Path) -> None:
+        vector = self._load(folder)
+        base = self.whole / "base" if vector.format.startswith("low-rank") else None
+        to_peft(vector, self._output(), base)
+        self._same(vector, alignvec.from_peft(self.scratch / "output", self.whole / "base"), 1e-2)
+
     def adapter(self, folder: Path) -> None:
         vector = alignvec.from_peft(folder, self.whole / "base")
         self._read(vector)
@@ -106,7 +129,7 @@ class Uses:
 
     def merge_into(self, folder: Path) -> None:
         self._merge(folder, alignvec.load(self.whole / "vector" / "int8"))
-        self._merge(folder, alignvec.load(self.whole / "vector" / "lossless"))
+        self._merge(folder, alignvec.load(self.whole / "vector" / "lossless"), dtype="float32")
 
     def base_of_adapter(self, folder: Path) -> None:
         self._read(alignvec.from_peft(self.whole / "adapter" / "attention", folder))
@@ -133,6 +156,13 @@ class Uses:
         vector.statistics()
         vector.select(include=list(vector.names)[:1] or None)
 
+    def _same(self, one: alignvec.AlignmentVector, other: alignvec.AlignmentVector, tolerance: float) -> None:
+        """Two vectors have the same deltas; one that is all zero may be left out."""
+        for name in {*one, *other}:
+            mine, theirs = (vector[name].double() if name in vector else torch.zeros(1) for vector in (one, other))
+            if not (mine - theirs).abs().amax() <= tolerance * mine.abs().amax():
+                raise WrongError(f"{name} is off by {float((mine - theirs).abs().amax())}")
+
     def _attach(self, folder: Path, transfer: bool) -> None:
         self._compare(alignvec.load(folder), transfer)
 
@@ -158,8 +188,8 @@ class Uses:
                 f"logits are off by {float((found - wanted).abs().amax())} of {float(wanted.abs().amax())}"
             )
 
-    def _merge(self, base: Path, vector: alignvec.AlignmentVector) -> None:
-        report = alignvec.merge(base, {"v": vector}, {"v": 0.5}, self._output())
+    def _merge(self, base: Path, vector: alignvec.AlignmentVector, dtype: str | None = None) -> None:
+        report = alignvec.merge(base, {"v": vector}, {"v": 0.5}, self._output(), dtype=dtype)
         stored = Checkpoint.open(report.output)
         for name in stored.tensors:
             if name in vector and not stored.tensor(name).isfinite().all():
