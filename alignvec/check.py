@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from alignvec.deltas import as_dense
+from alignvec.errors import AlignvecError
 from alignvec.extract import parse_dtype
 from alignvec.numbers import float32_number
 from alignvec.pictures import write_picture
@@ -68,7 +69,10 @@ def check(
         exact = [RealisedCoefficients(1) for _ in coefficients]
         for name in vector:
             weight, delta = _block(source, vector, name, held)
-            edited = _operator(weight, delta, coefficients)
+            try:
+                edited = _operator(weight, delta, coefficients)
+            except AlignvecError as error:
+                raise AlignvecError(f"{name}: {error}") from None
             for i, coefficient in enumerate(coefficients):
                 merged = mix_(torch.empty_like(weight), weight, [delta], [coefficient])
                 naive[i].update(weight, merged, {0: delta})
