@@ -123,13 +123,25 @@ class Fuzz:
             shutil.copytree(whole, folder)
             mutations.apply(folder, case.steps)
             self.uses.written = self.written.get(case.subject) if mutations.kept_seal(case.steps) else None
-            with alternating(folder, whole) if {"do": "alternate"} in case.steps else contextlib.nullcontext():
+            alternate = {"do": "alternate"} in case.steps
+            before = None if alternate else listed(folder)
+            with alternating(folder, whole) if alternate else contextlib.nullcontext():
                 for use in self.uses.of(case.kind):
                     found = outcome(use, folder)
-                    if os.environ.pop(mutations.RAN, None):
-                        found = "code of the folder was run"
+                    if found in OUTCOMES:
+                        found = self._left_behind(folder, before) or found
                     say(f"{index}\t{use.__name__}\t{found}\n")
             say(f"{index}\tend\t{time.monotonic() - begun}\n")
+
+    def _left_behind(self, folder: Path, before: list[tuple[str, int, int]] | None) -> str:
+        """What a use has done beside its result, which has to be nothing."""
+        if os.environ.pop(mutations.RAN, None):
+            return "code of the folder was run"
+        if before is not None and listed(folder) != before:
+            return "the folder was written to"
+        if hidden := [file.name for file in self.folder.iterdir() if file.name.startswith(".")]:
+            return f"{hidden[0]} was left behind"
+        return self.uses.changed()
 
 
 @dataclass
@@ -163,6 +175,13 @@ def report(cases: Iterator[tuple[Case, str, str]], counts: dict[str, Count]) -> 
         count.uses[found if good else "failed"] += 1
         if not good:
             yield case, f"{use}: {found}"
+
+
+def listed(folder: Path) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of change of all that a folder holds."""
+    found = [(str(folder), os.lstat(folder))]
+    found += [(entry.path, entry.stat(follow_symlinks=False)) for entry in os.scandir(folder)]
+    return sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in found)
 
 
 @contextlib.contextmanager

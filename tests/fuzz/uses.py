@@ -34,7 +34,7 @@ class Uses:
     def __init__(self, whole: Path, scratch: Path) -> None:
         self.whole, self.scratch = whole, scratch
         self.model = subjects.load(whole / "base")
-        self.names = dict(self.model.named_parameters())
+        self.parameters = {name: parameter.clone() for name, parameter in self.model.named_parameters()}
         self.tokens = torch.tensor([[3, 1, 4, 1, 5, 9]])
         self.written: dict[str, torch.Tensor] | None = None  # what a vector with its first checksums has to read as
 
@@ -55,6 +55,14 @@ class Uses:
         if kind == "adapter":
             return [self.adapter, self.adapter_alone]
         return [self.extract_from, self.extract_to, self.merge_into, self.base_of_adapter, self.tokenizer]
+
+    def changed(self) -> str:
+        """What uses have left of themselves in the model; empty if nothing."""
+        now = dict(self.model.named_parameters())
+        if now.keys() != self.parameters.keys():
+            return "the model has other parameters"
+        changed = [name for name, kept in self.parameters.items() if not torch.equal(kept, now[name])]
+        return f"the model's {changed[0]} was changed" if changed else ""
 
     def values(self, folder: Path) -> dict[str, torch.Tensor]:
         """All deltas of a vector."""
@@ -90,7 +98,10 @@ class Uses:
         for format in (None, "int8"):
             made = alignvec.convert(folder, self._output(), format, base=base)
             assert made is not None
+            made = made.with_base(base) if made.needs_base else made
             self._read(made)
+            if format is None:
+                self._same(self._load(folder), made, 0.0)
 
     def check(self, folder: Path) -> None:
         vector = self._load(folder)
@@ -160,8 +171,9 @@ class Uses:
         """Two vectors have the same deltas; one that is all zero may be left out."""
         for name in {*one, *other}:
             mine, theirs = (vector[name].double() if name in vector else torch.zeros(1) for vector in (one, other))
-            if not (mine - theirs).abs().amax() <= tolerance * mine.abs().amax():
-                raise WrongError(f"{name} is off by {float((mine - theirs).abs().amax())}")
+            off = (mine - theirs).abs()
+            if off.numel() and not off.amax() <= tolerance * mine.abs().amax():
+                raise WrongError(f"{name} is off by {float(off.amax())}")
 
     def _attach(self, folder: Path, transfer: bool) -> None:
         self._compare(alignvec.load(folder), transfer)
@@ -210,8 +222,8 @@ def outcome(use: Callable[[Path], None], folder: Path) -> str:
     except AlignvecError as error:
         if len(str(error)) >= 5000:
             return f"a refusal of {len(str(error))} characters: {error!s:.100}"
-        if "\n" in str(error):
-            return f"a refusal of several lines: {str(error)!r:.200}"
+        if not str(error).isprintable():
+            return f"a refusal that is no printable line: {str(error)!r:.200}"
         return "damaged" if "is damaged" in str(error) else "refused"
     except BaseException as error:
         frames = []
