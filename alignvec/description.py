@@ -43,7 +43,9 @@ class Error:
     def of(cls, squared_error: float, squared_norm: float, name: str) -> Error:
         """Of the delta called ``name``. Raises AlignvecError where one of the sums is no finite number."""
         if not math.isfinite(squared_norm):
-            raise AlignvecError(f"delta {name} is too large: its squares overflow float64; store it dense")
+            raise AlignvecError(
+                f"delta {name} is too large: its squares overflow float64; leave it out (exclude), or scale the vector down"
+            )
         if not math.isfinite(squared_error):
             raise AlignvecError(f"delta {name} overflows when it is read back from this format: choose another one")
         relative = math.sqrt(squared_error / squared_norm) if squared_norm else 0.0
