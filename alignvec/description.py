@@ -44,7 +44,7 @@ class Error:
         """Of the delta called ``name``. Raises AlignvecError where one of the sums is no finite number."""
         if not math.isfinite(squared_norm):
             raise AlignvecError(
-                f"delta {name} is too large: its squares overflow float64; leave it out (exclude), or scale the vector down"
+                f"delta {name} is too large: its squares overflow float64; exclude it, or scale the vector down"
             )
         if not math.isfinite(squared_error):
             raise AlignvecError(f"delta {name} overflows when it is read back from this format: choose another one")
