@@ -200,7 +200,7 @@ def alternating(folder: Path, whole: Path) -> Iterator[None]:
 
     def alternate() -> None:
         draw = random.Random(0)
-        while not stopped.wait(draw.choice((0, 1e-5, 1e-4, 1e-3))):
+        while not stopped.wait(draw.choice((0, 1e-4, 1e-3, 1e-2))):
             name = draw.choice(names)
             with contextlib.suppress(OSError):
                 os.link(spare / f"{draw.choice(('whole', 'changed'))}.{name}", spare / "next", follow_symlinks=False)
