@@ -47,7 +47,7 @@ def unseal(folder: Path) -> None:
 
 
 def _read(file: Path) -> bytes:
-    if not file.is_file():
+    if not file.is_file() or file.is_symlink():
         raise FileNotFoundError(file)
     return file.read_bytes()
 
