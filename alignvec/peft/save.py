@@ -46,12 +46,18 @@ def to_peft(
 
     Raises:
         AlignvecError: a delta that is neither low-rank nor dense, no low-rank one at all, an embedding tied to the head
-            (PEFT edits one side only), dense deltas without a base, an occupied `output`. Nothing is written then.
+            (PEFT edits one side only), dense deltas without a base, a base of other shapes, an occupied `output`.
+            Nothing is written then.
     """
     known = None if base is None else Base.open(base)
     if known is None and vector.base is not None and vector.base.config.get("model_type") in CONV1D:
         raise AlignvecError("the vector's base has Conv1D layers: give the base, which says where")
     live = dict(zip(vector, vector, strict=True)) if known is None else known.live_names(vector.tensors)
+    for name, info in vector.tensors.items() if known is not None else ():
+        if info.shape != (shape := known.shape(live[name])):
+            raise AlignvecError(
+                f"delta {name} is {list(info.shape)}, and {known.label} has {list(shape)}: give the vector's own base"
+            )
     state: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     kinds = set()
