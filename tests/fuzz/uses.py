@@ -195,10 +195,12 @@ class Uses:
                 return
             parameters[name] += delta
         wanted = merged(self.tokens).logits
-        if not (found - wanted).abs().amax() <= 0.1 * wanted.abs().amax() + 0.1:
-            raise WrongError(
-                f"logits are off by {float((found - wanted).abs().amax())} of {float(wanted.abs().amax())}"
-            )
+        off, size = float((found - wanted).abs().amax()), float(wanted.abs().amax())
+        if not off <= 0.1 * size + 0.1:
+            # Attention between large deltas may magnify what bfloat16 rounds: a merged model's error tells by how much.
+            rounded = float((merged.bfloat16()(self.tokens).logits.double() - wanted).abs().amax())
+            if not off <= 4 * rounded:
+                raise WrongError(f"logits are off by {off} of {size}, those of a merged model by {rounded}")
 
     def _merge(self, base: Path, vector: alignvec.AlignmentVector, dtype: str | None = None) -> None:
         report = alignvec.merge(base, {"v": vector}, {"v": 0.5}, self._output(), dtype=dtype)
