@@ -53,8 +53,8 @@ def to_peft(
     if known is None and vector.base is not None and vector.base.config.get("model_type") in CONV1D:
         raise AlignvecError("the vector's base has Conv1D layers: give the base, which says where")
     live = dict(zip(vector, vector, strict=True)) if known is None else known.live_names(vector.tensors)
-    for name, info in vector.tensors.items() if known is not None else ():
-        if info.shape != (shape := known.shape(live[name])):
+    for name, info in vector.tensors.items():
+        if known is not None and info.shape != (shape := known.shape(live[name])):
             raise AlignvecError(
                 f"delta {name} is {list(info.shape)}, and {known.label} has {list(shape)}: give the vector's own base"
             )
