@@ -176,7 +176,7 @@ class RowCheck:
         return named
 
     def _vocabulary(self, config: Any) -> int | None:
-        """How many tokens the model knows: what its configuration says, else the fewest that one of its embeddings has."""
+        """How many tokens the model knows: by its configuration, else the fewest that one of its embeddings has."""
         get_text_config = getattr(config, "get_text_config", None)
         vocabulary = getattr(get_text_config() if get_text_config else config, "vocab_size", None)
         if isinstance(vocabulary, int):

@@ -62,4 +62,3 @@ def test_a_module_without_tokens_is_refused() -> None:
     alignment = alignvec.attach(model, {"v": AlignmentVector({"0.weight": torch.ones(4, 4)})})
     with pytest.raises(RowsError, match="Sequential has no vocabulary"):
         alignment.set_rows([{}, {"v": 1.0}])
-        model(torch.ones(2, 4))
