@@ -150,9 +150,9 @@ def require_memory(nbytes: int, what: str) -> None:
         raise AlignvecError(f"{what} take {nbytes} bytes, more than this machine has: read them in pieces")
 
 
-def brief(error: BaseException) -> str:
+def brief(error: BaseException, most: int = 200) -> str:
     """An exception in one short line: what parsers say may quote the file."""
-    return shown(" ".join(str(error).split()) or type(error).__name__, 200)
+    return shown(" ".join(str(error).split()) or type(error).__name__, most)
 
 
 def _require_regular(file: Path, mode: int) -> None:
