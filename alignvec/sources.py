@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from alignvec.checkpoint import Checkpoint, TensorInfo
 from alignvec.errors import AlignvecError
 from alignvec.hidden import recover
+from alignvec.untrusted import mode_of
 from alignvec.wrappers import inner_model, is_adapter, is_persistent, live_names, plain_names
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w.-]+)?")
@@ -131,7 +132,7 @@ def local_path(source: str | Path, files: Sequence[str] = HUB_FILES) -> Path:
     """
     path = Path(source)
     recover(path)
-    if path.exists() or not isinstance(source, str) or not HUB_ID.fullmatch(source):
+    if mode_of(path) is not None or not isinstance(source, str) or not HUB_ID.fullmatch(source):
         return path
     from huggingface_hub import snapshot_download
 

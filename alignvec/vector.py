@@ -26,6 +26,7 @@ from alignvec.integrity import checksum_of, meaning
 from alignvec.printable import quoted
 from alignvec.selection import Patterns, as_patterns, selected
 from alignvec.sources import LiveSource, Source, StoredSource, open_source
+from alignvec.untrusted import present
 from alignvec.writer import ShardWriter, require_apart
 
 if TYPE_CHECKING:
@@ -315,9 +316,9 @@ class AlignmentVector:
         folder = Path(path)
         recover(folder)
         file = folder / f"{STEM}.json"
-        if not file.is_file():
-            raise AlignvecError(f"{folder} is no alignment vector: it holds no {file.name}{_instead(folder)}")
         with steady(folder):
+            if not present(file):
+                raise AlignvecError(f"{folder} is no alignment vector: it holds no {file.name}{_instead(folder)}")
             checkpoint, description = Checkpoint.open(folder, stem=STEM), read_description(file, verify=verify)
         try:
             deltas = Stored(checkpoint, description.headers, checksums=description.checksums)

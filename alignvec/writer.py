@@ -16,6 +16,8 @@ from torch import Tensor
 from alignvec.checkpoint import DTYPES, TensorInfo
 from alignvec.errors import AlignvecError
 from alignvec.folders import write_json
+from alignvec.printable import shown
+from alignvec.untrusted import LONGEST_NAME
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -148,8 +150,13 @@ class ShardWriter:
 
 
 def require_names(names: Iterable[str]) -> None:
-    """AlignvecError for a name that no safetensors file gives back: the header's own, and what is no Unicode text."""
+    """AlignvecError for a name that is not read back: the header's own, what is no Unicode text, and a long one."""
     for name in names:
+        if len(name) > LONGEST_NAME:
+            raise AlignvecError(
+                f"a tensor cannot be stored as {shown(name)!r}, a name of {len(name)} characters, which may have "
+                f"{LONGEST_NAME}: rename it"
+            )
         if name == RESERVED:
             raise AlignvecError(f"a tensor cannot be stored as {name!r}, which safetensors files keep: rename it")
         try:
