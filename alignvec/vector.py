@@ -295,13 +295,19 @@ class AlignmentVector:
                 w.begin(key(name, part), info.dtype, info.shape)
                 seed, digits = meaning(name, headers[name], part, info.dtype, info.shape), ""
                 dense = headers[name].name == "dense"
-                for piece in self.chunks(name) if dense else [self.encoded(name).parts[part].cpu()]:
+                for piece in self.chunks(name) if dense else [self._part(name, part, checked=bool(checksums[name]))]:
                     digits += checksum_of(piece, seed)
                     w.write(piece)
                 checksums[name][part] = digits
                 w.end()
             w.close()
             describe(folder, headers, self.base, self.format, self.source, self.errors, checksums)
+
+    def _part(self, name: str, part: str, checked: bool) -> Tensor:
+        """One part of a delta, on the CPU; all of them are read and checked, unless they were before."""
+        if checked and isinstance(self._deltas, Stored):
+            return self._deltas.part(name, part)
+        return self.encoded(name).parts[part].cpu()
 
     @classmethod
     def load(cls, path: str | Path, *, verify: bool = True) -> AlignmentVector:
