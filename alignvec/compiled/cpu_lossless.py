@@ -14,7 +14,7 @@ from torch import Tensor
 from alignvec import compiled
 from alignvec.formats.bits import row_bytes
 from alignvec.formats.steps import Counted, Packed, columns_dtype, largest
-from alignvec.sums import ROW, WORDS, Sums
+from alignvec.sums import Sums
 
 torch.library.define(
     "alignvec::cpu_count_steps", "(Tensor base, Tensor aligned, Tensor(a!) counts, Tensor(b!) square) -> ()"
@@ -34,7 +34,7 @@ torch.library.define(
 )
 
 DTYPES = (torch.bfloat16, torch.float16)
-COUNTS = 9  # csrc/cpu/types.h
+COUNTS, WORDS = 9, 4096  # csrc/cpu/types.h; a checksum's row has WORDS words of four values
 
 
 def takes(*tensors: Tensor) -> bool:
@@ -79,7 +79,7 @@ def walk(base: Tensor, width: int, fields: Tensor, start: Tensor, columns: Tenso
 
 def both_sums(values: Tensor) -> tuple[Sums, Sums] | None:
     """`sums.both_sums` of flat values, compiled; None where there is infinity or NaN among them."""
-    rows = torch.empty(2, -(-values.numel() // ROW), dtype=torch.int64)
+    rows = torch.empty(2, -(-values.numel() // (4 * WORDS)), dtype=torch.int64)
     columns, magnitude = torch.empty(2, WORDS, dtype=torch.int64), torch.empty(1, dtype=torch.int32)
     torch.ops.alignvec.cpu_sums(values.contiguous(), rows, columns, magnitude)
     if int(magnitude) > largest(values.dtype):

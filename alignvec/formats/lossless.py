@@ -56,7 +56,7 @@ def packed(base: Tensor, aligned: Tensor, width: int, shape: tuple[int, ...], na
     options: dict[str, Option] = {"width": width, "dtype": str(base.dtype).removeprefix("torch.")}
     parts = {
         "steps": made.fields,
-        "side_start": _starts(made.count, name),
+        "side_start": _starts(made.aside, name),
         "side_columns": made.columns,
         "side_bits": made.own,
     }

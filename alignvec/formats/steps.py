@@ -34,7 +34,7 @@ class Packed(NamedTuple):
     their columns and their aligned values' bits, int16. ``finite``: whether all values are, of both sides."""
 
     fields: Tensor
-    count: Tensor
+    aside: Tensor
     columns: Tensor
     own: Tensor
     finite: bool
@@ -67,16 +67,16 @@ def pack(base: Tensor, aligned: Tensor, width: int) -> Packed:
 
     (rows, cols), compiled = base.shape, cpu.takes(base, aligned)
     fields = torch.empty(rows, bits.row_bytes(cols, width), dtype=torch.uint8, device=base.device)
-    count = torch.empty(rows, dtype=torch.int64, device=base.device)
+    aside = torch.empty(rows, dtype=torch.int64, device=base.device)
     columns = [torch.empty(0, dtype=columns_dtype(cols), device=base.device)]
     own, finite = [torch.empty(0, dtype=torch.int16, device=base.device)], True
     for block in blocks(rows, cols):
         piece = (cpu.pack if compiled else pack_in_torch)(base[block], aligned[block], width)
-        fields[block], count[block] = piece.fields, piece.count
+        fields[block], aside[block] = piece.fields, piece.aside
         columns.append(piece.columns)
         own.append(piece.own)
         finite = finite and piece.finite
-    return Packed(fields, count, torch.cat(columns), torch.cat(own), finite)
+    return Packed(fields, aside, torch.cat(columns), torch.cat(own), finite)
 
 
 def pack_in_torch(base: Tensor, aligned: Tensor, width: int) -> Packed:
