@@ -1,6 +1,7 @@
 // Lossless deltas and checksums as operators of torch, as bind.cpp has the others. Schemas are defined in
 // alignvec/compiled/cpu_lossless.py, which has checked what it passes; sizes are checked here again.
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 

@@ -80,8 +80,9 @@ constexpr int64_t COUNTED = 32;  // values that a turn of `count_steps` takes, i
 template <int N, bool HALF>
 void count_steps_of(const uint16_t* base, const uint16_t* aligned, int64_t count, int64_t* counts, double* square) {
   constexpr int VECTORS = COUNTED / (2 * N), LANES = 16;
-  constexpr int64_t TURNS = 1 << 14;  // after which the counters of 16 bits are emptied
-  D<N> sums[LANES / (N / 2)] = {};    // lane i of 16 takes the squares i, i + 16, ...: the same sum whatever N
+  constexpr int16_t MOST[] = {0, 1, 3, 7, 15, 31, 63, 127};  // that fields of 1 to 8 bits hold
+  constexpr int64_t TURNS = 1 << 14;                         // after which the counters of 16 bits are emptied
+  D<N> sums[LANES / (N / 2)] = {};  // lane i of 16 takes the squares i, i + 16, ...: the same sum whatever N
   S<N> most = {};
   for (int64_t k = 0; k < count;) {
     S<N> found[STEP_COUNTS] = {};
@@ -93,8 +94,7 @@ void count_steps_of(const uint16_t* base, const uint16_t* aligned, int64_t count
         const S<N> before = load_16<N>(base + k + v * 2 * N, left), after = load_16<N>(aligned + k + v * 2 * N, left);
         const S<N> step = step_between<N>(before, after), reach = step ^ (step >> 15);
         found[0] -= step != 0;
-        unroll<STEP_COUNTS - 1>([&](int i)
-                                    ALIGNVEC_BODY { found[i + 1] -= reach > static_cast<int16_t>((1 << i) - 1); });
+        unroll<STEP_COUNTS - 1>([&](int i) ALIGNVEC_BODY { found[i + 1] -= reach > MOST[i]; });
         most = larger<N>(most, larger<N>(before & 0x7FFF, after & 0x7FFF));
         H<N> one[2], two[2];
         std::memcpy(one, &before, sizeof(before));
