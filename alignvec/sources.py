@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import re
@@ -153,10 +154,8 @@ def in_order(jobs: Iterable[Callable[[int], T]]) -> Generator[T, None, None]:
     Each job is given the number of a slot, below SLOTS, that is its own until its result is done with: buffers kept by
     slot are reused safely. Inside, torch runs one thread an operation: the jobs are the parallelism.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     waiting: list[Future[T]] = []
-    with ThreadPoolExecutor(WORKERS) as pool:
+    with one_thread(), ThreadPoolExecutor(WORKERS) as pool:
         try:
             for number, job in enumerate(jobs):
                 waiting.append(pool.submit(job, number % SLOTS))
@@ -167,7 +166,18 @@ def in_order(jobs: Iterable[Callable[[int], T]]) -> Generator[T, None, None]:
         finally:
             for future in waiting:
                 future.cancel()
-            torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, torch runs one thread an operation: small ones beside jobs that keep every core busy would spend most of
+    their time waiting for a second thread to get its turn."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _chunks(source: Source, name: str, step: int = 1 << 20) -> Iterator[Tensor]:
