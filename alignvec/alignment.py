@@ -141,17 +141,28 @@ class Alignment(NotPickled):
     def step(self, batch: int | None = None) -> Iterator[Alignment]:
         """One step for the length of a with block, whatever is called or read in it: for code that reads parameters
         outside of the model's forward (`F.linear(hidden, model.lm_head.weight)` in a chunked loss), which otherwise
-        sees the base.
+        sees the base. Inside of another step it is a part of that one, and changes nothing.
 
         Args:
             batch: sequences that the calls in it are of; needed where rows have different mixes.
 
         Raises:
-            AlignvecError: detached, a mix is materialised, or a batch that the rows do not divide.
+            AlignvecError: detached, a mix is materialised, a batch that the rows do not divide, or inside of a step
+                whose rows have different mixes another batch than that one's.
         """
         self._check_live()
-        with self._coefficients.call(batch):
-            self._check_live()  # once more: it stays so from here on
+        self._coefficients.end_abandoned()
+        outer = self._coefficients.step
+        if outer is None:
+            with self._coefficients.call(batch):
+                self._check_live()  # once more: it stays so from here on
+                yield self
+        else:
+            if outer.rows > 1 and batch not in (None, outer.batch):
+                raise AlignvecError(
+                    f"step(batch={batch}) is inside of a step of {outer.batch} sequences, whose rows have different "
+                    "mixes; give that one the batch"
+                )
             yield self
 
     def detach(self) -> None:
@@ -229,7 +240,7 @@ class Alignment(NotPickled):
         materialised = self._materialised
         if materialised is None:
             self._changes += 1
-            self._materialised = materialised = Materialised(self._backend, keep, self._buffers)
+            self._materialised = materialised = Materialised(wanted, self._backend, keep, self._buffers)
             self._coefficients.suspended = True
             self._swaps.put_originals()
         self._coefficients.write([wanted])

@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from stat import S_ISDIR
 from typing import Any
 
 import torch
@@ -19,7 +20,17 @@ from alignvec.errors import AlignvecError
 from alignvec.folders import steady
 from alignvec.hidden import recover
 from alignvec.printable import shown
-from alignvec.untrusted import brief, opened, parse_json, present, read_json, require_memory, require_name, tensor_shape
+from alignvec.untrusted import (
+    brief,
+    mode_of,
+    opened,
+    parse_json,
+    present,
+    read_json,
+    require_memory,
+    require_name,
+    tensor_shape,
+)
 
 DTYPES = {
     "F64": torch.float64,
@@ -79,12 +90,12 @@ class Checkpoint:
         """
         path = Path(path)
         recover(path)
-        if path.is_file():
+        if (mode := mode_of(path)) is None:
+            raise AlignvecError(f"{path} does not exist: give a checkpoint folder or a .safetensors file")
+        if not S_ISDIR(mode):
             if path.suffix != ".safetensors":
                 raise AlignvecError(f"{path} is not a .safetensors file: {_advice(path)}")
             return cls(path, _header(path), _config(path.parent))
-        if not path.is_dir():
-            raise AlignvecError(f"{path} does not exist: give a checkpoint folder or a .safetensors file")
         single, index = path / f"{stem}.safetensors", path / f"{stem}.safetensors.index.json"
         whole, sharded = present(single), present(index)
         if whole and sharded:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from alignvec.errors import AlignvecError
 from alignvec.numbers import BEYOND_FLOAT32, float32_number
 from alignvec.pickling import NotPickled
 from alignvec.printable import quoted
-from alignvec.standing import PATIENCE, Standing
+from alignvec.standing import PATIENCE, Hold, Standing, patiently
 from alignvec.steps import Place, Step, Values
 from alignvec.table import Table, stream_capturing
 
@@ -25,12 +25,12 @@ _steps_ended = threading.Condition(publish_lock)
 
 
 class _Thread(threading.local):
-    """What differs by thread: its step, how often it holds or moves the model besides, and of the call that
+    """What differs by thread: its step, how it holds or moves the model besides, and of the call that
     torch.compile traces how deep in steps it is, its sequences, and the row that is alone."""
 
     def __init__(self) -> None:
         self.step: Step | None = None
-        self.holds = 0
+        self.holds: set[Hold] = set()
         self.traced_depth = 0
         self.traced_batch: int | None = None
         self.traced_row: int | None = None
@@ -70,12 +70,11 @@ class Coefficients(NotPickled):
         """State of threads, which a copy begins without."""
         self.thread = _Thread()
         self.standing = Standing()
-        self._reading = 0  # open steps that read the live tables
-        self.lost: deque[bool] = deque()  # of threads that ended in the middle of one; appended to without the lock
+        self._readers: WeakSet[Step] = WeakSet()  # open steps that read the live tables, none of a thread that ended
         self._backward: dict[int, list[Step]] = {}  # steps whose gradients are being computed, by autograd's graph task
 
     def __deepcopy__(
-        self, memo: dict[int, Any], leave_out: Sequence[str] = ("thread", "standing", "_backward", "lost")
+        self, memo: dict[int, Any], leave_out: Sequence[str] = ("thread", "standing", "_readers", "_backward")
     ) -> Coefficients:
         twin: Coefficients = super().__deepcopy__(memo, leave_out)
         twin._settle()
@@ -89,7 +88,8 @@ class Coefficients(NotPickled):
     @property
     def step(self) -> Step | None:
         """The step that this thread is in."""
-        return self.thread.step
+        step = self.thread.step
+        return None if step is None or step.over else step  # another thread may have closed it, as that of a generator
 
     @property
     def one_mix(self) -> bool:
@@ -176,13 +176,13 @@ class Coefficients(NotPickled):
         """The model stays as it stands for the length of a with block: one mix is not materialised, or restored, in
         the middle of it."""
         self.end_abandoned()
-        self.standing.hold(self._inside)
-        self.thread.holds += 1
+        hold = self.standing.hold(self._inside)
         try:
+            self.thread.holds.add(hold)
             yield
         finally:
-            self.thread.holds -= 1
-            self.standing.release()
+            self.thread.holds.discard(hold)
+            self.standing.release(hold)
 
     @contextlib.contextmanager
     def moving(self, what: str) -> Iterator[None]:
@@ -197,16 +197,16 @@ class Coefficients(NotPickled):
                 f"{what} changes the model's weights or modules, and a forward pass or decode step of it is under way "
                 f"in this thread; call {what} after it"
             )
-        with self.standing.moving(what):
-            self.thread.holds += 1
+        with self.standing.moving(what) as move:
             try:
+                self.thread.holds.add(move)
                 yield
             finally:
-                self.thread.holds -= 1
+                self.thread.holds.discard(move)
 
     @property
     def _inside(self) -> bool:
-        return self.thread.step is not None or self.thread.holds > 0
+        return self.step is not None or bool(self.thread.holds)
 
     def begin(self, batch: int | None) -> Step:
         """A step under what is staged; `end` has to follow. While a CUDA graph is captured staged is copied to live in
@@ -219,16 +219,16 @@ class Coefficients(NotPickled):
         """
         if torch.is_grad_enabled() and not self.suspended and (recomputed := self._recomputed()) is not None:
             return recomputed
-        self.standing.hold(self._inside)
+        hold = self.standing.hold(self._inside)
         try:
             if self.suspended:
-                return Step(self, [(0.0,) * len(self.names)], batch, held=True)
-            return self._published_step(batch)
+                return Step(self, [(0.0,) * len(self.names)], batch, hold=hold)
+            return self._published_step(batch, hold)
         except BaseException:
-            self.standing.release()
+            self.standing.release(hold)
             raise
 
-    def _published_step(self, batch: int | None) -> Step:
+    def _published_step(self, batch: int | None, hold: Hold) -> Step:
         with publish_lock:
             if batch is not None and batch % len(self.mixes):
                 raise AlignvecError(
@@ -237,29 +237,28 @@ class Coefficients(NotPickled):
                 )
             capturing = self.capturing
             current = all(version == self._version for version in self._published.values())
-            live = capturing or current or not self._busy()
+            live = capturing or current or not self._readers
             if live:
                 for device, table in self._live.items():
                     if stream_capturing(device) or self._published[device] != self._version:
                         self._staged[device].copy_to(table)
                         self._published[device] = self._version
-                self._reading += 1
             own = torch.is_grad_enabled() and not capturing  # the backward pass may come after other writes
-            return Step(self, self._rows, batch, self.devices if live and not own else (), counted=live, held=True)
+            step = Step(self, self._rows, batch, self.devices if live and not own else (), hold)
+            if live:
+                self._readers.add(step)
+            return step
 
     def end(self, step: Step) -> None:
         """Let go of the live tables and of the model."""
         if self.thread.step is step:
             self.thread.step = None
         step.closed()
-        if step.counted:
-            with _steps_ended:
-                step.counted = False
-                self._reading -= 1
-                _steps_ended.notify_all()
-        if step.held:
-            step.held = False
-            self.standing.release()
+        with publish_lock:
+            self._readers.discard(step)
+            _steps_ended.notify_all()
+        if step.hold is not None:
+            self.standing.release(step.hold)
 
     def enter(self, step: Step | None) -> None:
         """Let this thread be in that step."""
@@ -283,6 +282,7 @@ class Coefficients(NotPickled):
         try:
             yield step
         finally:
+            self.thread.step = None  # also where an interrupt comes before `end` begins
             self.end(step)
 
     def end_abandoned(self) -> None:
@@ -307,30 +307,32 @@ class Coefficients(NotPickled):
         self.end_abandoned()
         if self.step is not None:
             raise AlignvecError("a forward pass of this model is under way, inside of which it cannot be decoded")
-        self.standing.hold(self._inside)
+        hold = self.standing.hold(self._inside)
         try:
-            step = self._lent_step(rows, batch)
+            step = self._lent_step(rows, batch, hold)
         except BaseException:
-            self.standing.release()
+            self.standing.release(hold)
             raise
         self.thread.step = step
         try:
             yield
         finally:
+            self.thread.step = None
             self.end(step)
 
-    def _lent_step(self, rows: tuple[Values, ...], batch: int) -> Step:
-        with _steps_ended:
-            if not _steps_ended.wait_for(lambda: not self._busy(), PATIENCE):
+    def _lent_step(self, rows: tuple[Values, ...], batch: int, hold: Hold) -> Step:
+        step = Step(self, rows, batch, self.devices, hold)
+        with publish_lock:
+            if not patiently(_steps_ended, lambda: not self._readers):
                 raise AlignvecError(
                     f"another thread has been inside of a forward pass of this model for {PATIENCE:.0f} seconds; "
                     "let one thread at a time decode"
                 )
-            self._reading += 1
+            self._readers.add(step)
             for device, live in self._live.items():  # each time: a compiled or captured step may have published since
                 live.copy_rows(rows)
                 self._published[device] = rows
-        return Step(self, rows, batch, self.devices, counted=True, held=True)
+        return step
 
     def began_backward(self, step: Step) -> None:
         """Gradients of a step are being computed, in this thread's graph task of autograd."""
@@ -360,13 +362,6 @@ class Coefficients(NotPickled):
                 "and it is not known to which it belongs; call backward() for each, or do without checkpointing"
             )
         return steps[0].again()
-
-    def _busy(self) -> int:
-        """How many steps read the live tables. The lock is held."""
-        while self.lost:
-            self.lost.pop()
-            self._reading -= 1
-        return self._reading
 
     def _prove_rows(self, rows: Sequence[Values]) -> None:
         if self.before_rows is not None:

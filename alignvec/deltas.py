@@ -247,6 +247,10 @@ class Stored(_Leaf):
             self._last = (name, encoded)
         return encoded
 
+    def part(self, name: str, part: str) -> Tensor:
+        """One part of a delta as it is stored, its values not checked but for their checksums."""
+        return self.checkpoint.tensor(key(name, part))
+
     def layout(self, name: str) -> dict[str, TensorInfo]:
         return dict(self._parts[name])
 

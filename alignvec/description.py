@@ -41,12 +41,13 @@ class Error:
 
     @classmethod
     def of(cls, squared_error: float, squared_norm: float, name: str) -> Error:
-        """Of the delta called ``name``. Raises AlignvecError where one of the sums is no finite number."""
-        if not math.isfinite(squared_norm):
+        """Of the delta called ``name``. Raises AlignvecError where one of the sums is not finite, or no file's."""
+        if not squared_norm < LARGEST_NORM**2:
             raise AlignvecError(
-                f"delta {name} is too large: its squares overflow float64; exclude it, or scale the vector down"
+                f"delta {name} is too large for what encoding loses to be measured: its norm is above "
+                f"{LARGEST_NORM:.0e}; extract it dense, in its own dtype"
             )
-        if not math.isfinite(squared_error):
+        if not squared_error < LARGEST_NORM**2:
             raise AlignvecError(f"delta {name} overflows when it is read back from this format: choose another one")
         relative = math.sqrt(squared_error / squared_norm) if squared_norm else 0.0
         return cls(relative, math.sqrt(squared_norm))

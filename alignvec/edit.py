@@ -304,7 +304,7 @@ class Edit:
             self._follow(x)
         if traced():
             return self._traced_place(x)
-        step = self.coefficients.thread.step
+        step = self.coefficients.step
         if step is None or isinstance(x, ByRow):
             return None
         if step.calls is not None:

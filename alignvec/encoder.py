@@ -17,7 +17,8 @@ from alignvec.errors import AlignvecError
 from alignvec.exact import exact_delta
 from alignvec.formats import Encoded, Spec, auto, lossless, sparse
 from alignvec.formats.spec import BLOCK, matrix
-from alignvec.sources import Source, in_order
+from alignvec.formats.steps import Counted
+from alignvec.sources import Source, in_order, one_thread
 from alignvec.untrusted import require_memory
 from alignvec.vector import AlignmentVector
 
@@ -28,7 +29,7 @@ T = TypeVar("T")
 
 
 class Encoder:
-    """Encodes the deltas of a vector; see ``encoding.encode_all`` for ``kept``, ``base`` and ``aligned``."""
+    """Encodes the deltas of a vector; see ``encoding.encode_all`` for what it is given."""
 
     def __init__(
         self,
@@ -36,8 +37,10 @@ class Encoder:
         kept: Mapping[str, torch.dtype],
         base: BaseValues | None,
         aligned: Source | None,
+        counted: Mapping[str, Counted] | None = None,
     ) -> None:
         self.vector, self.kept, self.base, self.aligned = vector, kept, base, aligned
+        self.counted = counted or {}
 
     def specs(self, format: str | None, advance: Callable[[int], None]) -> dict[str, Spec]:
         """Which format each tensor gets."""
@@ -61,7 +64,8 @@ class Encoder:
         """The delta in the format, and what that lost. Those of one dimension, and empty ones, are dense."""
         is_matrix = self._is_matrix(name)
         if is_matrix and spec.name in BY_ROWS:
-            return self._by_rows(name, spec)
+            with one_thread():
+                return self._by_rows(name, spec)
         delta, base, aligned = self._whole(name, lossless=spec.name == "lossless")
         stored = delta.to(self.kept[name]) if not is_matrix or spec.name == "sparse" else delta
         if base is not None and aligned is not None:
@@ -71,18 +75,23 @@ class Encoder:
 
     def _by_rows(self, name: str, spec: Spec) -> tuple[Encoded, Error]:
         shape = self.vector.tensors[name].shape
+        if spec.name == "lossless" and name in self.counted:
+            counted = self.counted[name]
+            width = int(spec.options["width"]) or lossless.narrowest(counted.far, *matrix(shape))
+            pieces = self._each(name, partial(self._steps, name, width))
+            return formats.joined(pieces, shape, name), Error.of(0.0, counted.square, name)
         if spec.name == "lossless" and not spec.options["width"]:
             width = lossless.narrowest(self._far(name), *matrix(shape))
             spec = Spec(spec.name, {**spec.options, "width": width})
         lost = norm = 0.0
 
-        def pieces() -> Iterator[Encoded]:
+        def encoded_pieces() -> Iterator[Encoded]:
             nonlocal lost, norm
             for encoded, error, squares in self._each(name, partial(self._piece, name, spec)):
                 lost, norm = lost + error, norm + squares
                 yield encoded
 
-        return formats.joined(pieces(), shape, name), Error.of(lost, norm, name)
+        return formats.joined(encoded_pieces(), shape, name), Error.of(lost, norm, name)
 
     def _piece(self, name: str, spec: Spec, rows: slice) -> tuple[Encoded, float, float]:
         """Those rows encoded, the squared error of that, and the squared norm of the delta."""
@@ -91,6 +100,13 @@ class Encoder:
         encoded = formats.encode(spec, stored, base, name, aligned=aligned)
         error = 0.0 if encoded.name == "lossless" else formats.squared_error(encoded, delta)
         return encoded, error, square(delta)
+
+    def _steps(self, name: str, width: int, rows: slice) -> Encoded:
+        """Those rows as steps, which no delta is needed for."""
+        cols = self.vector.tensors[name].shape[-1]
+        base, aligned = self._pair(name, rows.start * cols, rows.stop * cols)
+        assert aligned is not None
+        return lossless.packed(base.view(-1, cols), aligned.view(-1, cols), width, (rows.stop - rows.start, cols), name)
 
     def _far(self, name: str) -> Tensor:
         """How many steps do not fit fields of 1, 2, ... 8 bits: int64 [8]."""

@@ -12,6 +12,7 @@ from alignvec.deltas import BaseValues
 from alignvec.description import Error, describe
 from alignvec.encoder import Encoder
 from alignvec.formats import Encoded, Spec, auto
+from alignvec.formats.steps import Counted
 from alignvec.progress import bytes_bar
 from alignvec.sources import Source
 from alignvec.spool import Spool
@@ -32,12 +33,15 @@ def write_encoded(
     *,
     base: BaseValues | None = None,
     aligned: Source | None = None,
+    counted: Mapping[str, Counted] | None = None,
     progress: bool = False,
 ) -> None:
     """The vector in a format, as the files of a folder; see ``encode_all``."""
     headers, errors = {}, {}
     with Spool(folder, max_shard_size) as spool:
-        for name, encoded, error in encode_all(vector, format, kept, base=base, aligned=aligned, progress=progress):
+        for name, encoded, error in encode_all(
+            vector, format, kept, base=base, aligned=aligned, counted=counted, progress=progress
+        ):
             spool.write(name, encoded)
             headers[name] = Encoded(encoded.name, encoded.shape, encoded.options, {})
             if error is not None:
@@ -54,11 +58,14 @@ def encoded_in_memory(
     *,
     base: BaseValues | None = None,
     aligned: Source | None = None,
+    counted: Mapping[str, Counted] | None = None,
     progress: bool = False,
 ) -> AlignmentVector:
     """The vector in a format; see ``encode_all``."""
     deltas, errors = {}, {}
-    for name, encoded, error in encode_all(vector, format, kept, base=base, aligned=aligned, progress=progress):
+    for name, encoded, error in encode_all(
+        vector, format, kept, base=base, aligned=aligned, counted=counted, progress=progress
+    ):
         deltas[name] = encoded
         if error is not None:
             errors[name] = error
@@ -74,6 +81,7 @@ def encode_all(
     *,
     base: BaseValues | None = None,
     aligned: Source | None = None,
+    counted: Mapping[str, Counted] | None = None,
     progress: bool = False,
 ) -> Iterator[tuple[str, Encoded, Error | None]]:
     """Every delta in the format (None: the one that it has), and what that lost.
@@ -82,9 +90,10 @@ def encode_all(
 
     ``kept``: the dtype of values that the format stores as they are (dense and sparse). ``base``: the base's values,
     which lossless needs; default: what the vector is bound to. ``aligned``: the aligned model, where there is one:
-    lossless then keeps its bits. Sparse by TIES, and auto, look at all deltas before the first is encoded.
+    lossless then keeps its bits. ``counted``: the steps between the two, by tensor, where someone has counted them
+    already. Sparse by TIES, and auto, look at all deltas before the first is encoded.
     """
-    encoder = Encoder(vector, kept, vector.base_values if base is None else base, aligned)
+    encoder = Encoder(vector, kept, vector.base_values if base is None else base, aligned, counted)
     total = sum(info.nbytes for info in vector.tensors.values())
     with bytes_bar("measuring", total, shown=progress and str(format).startswith("auto:")) as advance:
         specs = encoder.specs(format, advance)

@@ -16,6 +16,7 @@ from alignvec.description import STEM, describe
 from alignvec.encoding import asked_for, encoded_in_memory, write_encoded
 from alignvec.errors import AlignvecError
 from alignvec.folders import output_folder
+from alignvec.formats.steps import Counted
 from alignvec.pairing import Plan, alike, match
 from alignvec.selection import Patterns, as_patterns, selected
 from alignvec.sources import Source, StoredSource, open_source
@@ -75,8 +76,8 @@ def extract(
         source["selected"] = [{"include": as_patterns(include), "exclude": as_patterns(exclude)}]
     if output is None:
         if format != "dense":
-            vector = _survey(left, right, plan, format, source, progress)
-            return encoded_in_memory(vector, format, _kept(plan), aligned=right, progress=progress)
+            vector, counted = _survey(left, right, plan, format, source, progress)
+            return encoded_in_memory(vector, format, _kept(plan), aligned=right, counted=counted, progress=progress)
         memory = MemoryWriter()
         made = stream(left, right, plan, memory, progress)
         return AlignmentVector(
@@ -85,8 +86,9 @@ def extract(
     inputs = [side.checkpoint.path for side in (left, right) if isinstance(side, StoredSource)]
     with output_folder(output, overwrite=overwrite, inputs=inputs, check=AlignmentVector.load) as folder:
         if format != "dense":
-            vector = _survey(left, right, plan, format, source, progress)
-            write_encoded(folder, vector, format, _kept(plan), max_shard_size, aligned=right, progress=progress)
+            vector, counted = _survey(left, right, plan, format, source, progress)
+            given = (folder, vector, format, _kept(plan), max_shard_size)
+            write_encoded(*given, aligned=right, counted=counted, progress=progress)
         else:
             with ShardWriter(folder, STEM, plan.stored, max_shard_size) as writer:
                 made = stream(left, right, plan, writer, progress)
@@ -103,15 +105,17 @@ def _kept(plan: Plan) -> dict[str, torch.dtype]:
 
 def _survey(
     left: Source, right: Source, plan: Plan, format: str, source: dict[str, Any], progress: bool
-) -> AlignmentVector:
-    """A first pass that checks both sides and finds the tensors that differ; their deltas are computed when read."""
+) -> tuple[AlignmentVector, dict[str, Counted]]:
+    """A first pass that checks both sides and finds the tensors that differ; their deltas are computed when read.
+
+    For lossless it also counts the steps between them."""
     exact = Difference(left, right, list(plan.stored))
     wide = {name: TensorInfo(exact.tensors[name].dtype, info.shape) for name, info in plan.stored.items()}
     survey = Survey()
     bits = format.startswith("lossless")
     made = stream(left, right, dataclasses.replace(plan, stored=wide, bits=bits), survey, progress)
     order = [name for name in left.tensors if name in survey.found]
-    return AlignmentVector(Difference(left, right, order), made.identity, source=source)
+    return AlignmentVector(Difference(left, right, order), made.identity, source=source), made.counted
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:

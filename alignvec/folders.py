@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from stat import S_ISDIR
 from typing import Any
 
 from safetensors import SafetensorError
@@ -62,7 +63,8 @@ def output_folder(
     path = _followed(path)
     with told(path):
         hidden.put_back(path)
-        _require_free(path, overwrite, inputs)
+        with contextlib.suppress(FileNotFoundError):  # another writer moves it: it is looked at again when it is put
+            _require_free(path, overwrite, inputs)
         with _parents(path), hidden.workplace(path) as folder:
             _given.add(folder)
             try:
@@ -96,19 +98,24 @@ def replaced(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def steady(folder: Path) -> Iterator[None]:
     """For reading several files of a folder: AlignvecError where it was replaced meanwhile."""
-    before = _identity(folder)
+    try:  # while it is open no other folder gets its number
+        descriptor = os.open(folder, os.O_DIRECTORY | getattr(os, "O_PATH", os.O_RDONLY))
+    except (OSError, ValueError):
+        yield  # what is read in it says why
+        return
     try:
         yield
     finally:
-        if _identity(folder) != before:
+        opened = os.fstat(descriptor)
+        os.close(descriptor)
+        if not _is_same(opened, folder):
             raise AlignvecError(f"{folder} was replaced while it was opened: open it again")
 
 
-def _identity(folder: Path) -> tuple[int, int] | None:
-    with contextlib.suppress(OSError, ValueError):
-        found = os.stat(folder)
-        return found.st_dev, found.st_ino
-    return None
+def _is_same(opened: os.stat_result, folder: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return os.path.samestat(opened, os.stat(folder))
+    return False
 
 
 def write_json(file: Path, data: object, indent: int = 2) -> None:
@@ -184,9 +191,11 @@ def _require_free(path: Path, overwrite: bool, inputs: Iterable[Path]) -> None:
     current = Path(os.path.realpath(os.curdir))
     if path == current or path in current.parents:
         raise AlignvecError(f"{path} is the current folder, or holds it: choose another output, a folder in it")
-    if not path.exists():
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
         return
-    if not path.is_dir():
+    if not S_ISDIR(mode):
         raise AlignvecError(f"{path} exists and is a file: choose another output")
     if _is_mount(path):
         raise AlignvecError(f"{path} is a mount point, which cannot be replaced: choose another output, a folder in it")
@@ -195,6 +204,8 @@ def _require_free(path: Path, overwrite: bool, inputs: Iterable[Path]) -> None:
         return
     if not overwrite:
         raise AlignvecError(f"{path} exists and is not an empty folder: choose another output, or set overwrite")
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise AlignvecError(f"{path} may not be changed, so it will not be overwritten: choose another output")
     if not any(is_weights(name) for name in names):
         raise AlignvecError(f"{path} holds no safetensors file, so it will not be overwritten: choose another output")
     for source in inputs:

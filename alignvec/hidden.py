@@ -41,11 +41,10 @@ def put_back(target: Path) -> None:
     """Give back to ``target`` what a writer had moved away that died before it put the new one there."""
     if os.path.lexists(target):
         return
-    moved = [folder for folder in _beside(target, "old") if not _is_locked(folder)]
-    if moved:
-        latest = max(moved, key=lambda folder: folder.stat().st_ctime_ns)
-        with contextlib.suppress(OSError):  # another process has put something there
-            latest.rename(target)
+    with contextlib.suppress(OSError):  # another process has given it back, or put something there
+        moved = [folder for folder in _beside(target, "old") if not _is_locked(folder)]
+        if moved:
+            max(moved, key=lambda folder: folder.stat().st_ctime_ns).rename(target)
 
 
 def recover(path: str | Path) -> None:
@@ -59,7 +58,7 @@ def clear(target: Path) -> None:
     """Remove what dead writers of ``target`` left; what a living one fills stays, as where no lock can tell."""
     if os.path.lexists(target):
         for folder in _beside(target, "old"):
-            shutil.rmtree(folder, ignore_errors=True)
+            _discard(folder)
     for folder in _beside(target, "partial"):
         with contextlib.suppress(OSError):
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -83,14 +82,14 @@ def put(new: Path, target: Path, replaceable: Callable[[], object]) -> None:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-        replaceable()
         try:
+            replaceable()
             exchange(new, target)
             return
         except FileNotFoundError:  # another writer has just moved it away
             continue
         except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM):  # a sandbox says the last
                 raise
         if _put_by_two(new, target):
             return
@@ -98,22 +97,31 @@ def put(new: Path, target: Path, replaceable: Callable[[], object]) -> None:
 
 
 def _put_by_two(new: Path, target: Path) -> bool:
-    """``put`` with two renames; False where another writer was faster."""
+    """``put`` with two renames; False where another process was faster."""
     old = target.with_name(f".{_stem(target)}.{uuid.uuid4().hex[:8]}.old")
-    with _held(target):
-        try:
-            target.rename(old)
-            new.rename(target)
-        except BaseException as error:
-            if not os.path.lexists(target):
-                old.rename(target)
-            if not isinstance(error, OSError) or error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+    try:
+        with _held(target):
+            try:
+                target.rename(old)
+                new.rename(target)
+            except BaseException:
+                with contextlib.suppress(OSError):  # another process has put something there, or given this back
+                    old.rename(target)
                 raise
-            return False
-        finally:
-            if os.path.lexists(target):
-                shutil.rmtree(old, ignore_errors=True)
+            finally:
+                if os.path.lexists(target):
+                    _discard(old)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+            raise
+        return False
     return True
+
+
+def _discard(old: Path) -> None:
+    """Remove what was moved away, under a name that is never given back: a kill meanwhile leaves a part of it."""
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(old.rename(old.with_suffix(".partial")), ignore_errors=True)
 
 
 def exchange(one: Path, other: Path) -> None:
@@ -141,8 +149,11 @@ def sync(path: Path) -> None:
 
 
 def sync_names(folder: Path) -> None:
-    """Have the names in a folder on the disk; some file systems cannot be asked for that."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Have the names in a folder on the disk, where it may be read; some file systems cannot be asked for that."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        return
     try:
         os.fsync(descriptor)
     except OSError as error:

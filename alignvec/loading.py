@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from alignvec.errors import AlignvecError
+from alignvec.untrusted import brief
 
 
 def load_model(source: str | Path, **options: Any) -> Any:
@@ -23,7 +24,7 @@ def load_model(source: str | Path, **options: Any) -> Any:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise AlignvecError(
-            f"{source} holds no causal language model that transformers loads by itself: {reason(error)}"
+            f"{source} holds no causal language model that transformers loads by itself: {brief(error, 300)}"
         ) from error
 
 
@@ -60,11 +61,5 @@ def load_tokenizer(source: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise AlignvecError(
-            f"{source} holds no tokenizer that transformers loads by itself: {reason(error)}"
+            f"{source} holds no tokenizer that transformers loads by itself: {brief(error, 300)}"
         ) from error
-
-
-def reason(error: BaseException) -> str:
-    """What an exception says, on one line, cut where it is long."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:300]}..."

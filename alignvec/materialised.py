@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from alignvec import ops
 from alignvec.edit import Deltas
@@ -25,8 +26,8 @@ Buffers = dict[nn.Parameter, Tensor]
 class Materialised:
     """The parameters that hold `mix`, and their base: beside it on the device, or in host memory."""
 
-    def __init__(self, backend: str, keep: str, buffers: Buffers) -> None:
-        self.mix: tuple[float, ...] = ()
+    def __init__(self, mix: tuple[float, ...], backend: str, keep: str, buffers: Buffers) -> None:
+        self.mix = mix
         self.backend, self.keep, self.buffers = backend, keep, buffers
         self.bases: dict[nn.Parameter, tuple[Tensor, Deltas]] = {}
         self._versions: dict[nn.Parameter, int] = {}
@@ -51,6 +52,7 @@ class Materialised:
             matrix, mixed = deltas.matrix(base), deltas.matrix(out)
             ops.materialise(matrix, deltas.specs, deltas.parts, columns, *tables[device], mixed, self.backend)
             parameter.data = out
+            increment_version(parameter)  # what autograd kept of forward passes before is refused
             self._versions[parameter] = parameter._version
             if measure:
                 _sample(realised, matrix, mixed, deltas, columns, step)
@@ -68,12 +70,14 @@ class Materialised:
             else:  # it waited on the host, or the model has moved
                 deltas.follow(base, parameter)
                 parameter.data.copy_(base)
+            increment_version(parameter)
         self.bases.clear()
 
     def _tensors(self, parameter: nn.Parameter, deltas: Deltas) -> tuple[Tensor, Tensor]:
         """The base on the parameter's device, and where the mix goes."""
-        if parameter in self.bases:
-            return self.bases[parameter][0].to(parameter.device), parameter.data
+        known, _ = self.bases.get(parameter, (None, deltas))
+        if known is not None and known.data_ptr() != parameter.data_ptr():  # else `undo` was interrupted
+            return known.to(parameter.device), parameter.data
         base = parameter.data
         on_host = self.keep == "host" and base.device.type != "cpu"
         self.bases[parameter] = (base.cpu() if on_host else base, deltas)

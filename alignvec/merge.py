@@ -21,7 +21,7 @@ from alignvec.errors import AlignvecError
 from alignvec.exact import restored
 from alignvec.extract import CHUNK, parse_dtype
 from alignvec.fingerprint import dtype_name
-from alignvec.folders import output_folder, write_json
+from alignvec.folders import nulled, output_folder, write_json
 from alignvec.inputs import read_from
 from alignvec.numbers import float32_number
 from alignvec.owned import REPORT, TEMPLATES
@@ -127,7 +127,7 @@ def merge(
             copy_tokenizer(replacement, partial_output)
         record = {**dataclasses.asdict(report), "base": source.label, "files": copied}
         del record["output"]
-        write_json(partial_output / REPORT, record)
+        write_json(partial_output / REPORT, nulled(record))
     for note in notes:
         warnings.warn(note, TokenizerWarning, stacklevel=2)
     return report

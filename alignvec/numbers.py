@@ -19,7 +19,7 @@ def float32_number(value: Any, what: str, name: object) -> float:
         AlignvecError: it is no number, not finite, or infinite in float32.
     """
     try:
-        number = float(value)
+        number = float("" if isinstance(value, (str, bytes, bytearray)) else value)  # text is no number
     except OverflowError:
         number = BEYOND_FLOAT32
     except (TypeError, ValueError, RuntimeError):  # the last is torch's, of a tensor with several elements

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from types import EllipsisType
 
 import torch
 from torch import Tensor
 
+from alignvec.difference import SMALLEST
 from alignvec.errors import AlignvecError
 
 STEP = 1 << 17  # values at a time: float32 scratch stays in cache
 ROUNDINGS = ("nearest", "stochastic")
-SMALLEST = 1e-24  # a sum of float32 squares below it may have lost some of them
 
 
 def mix_(
@@ -65,8 +66,8 @@ def stochastic(values: Tensor, dtype: torch.dtype, generator: torch.Generator | 
 class RealisedCoefficients:
     """Least squares of a realised edit on the vectors, gathered tensor by tensor, or piece by piece.
 
-    Products are float32 within a piece of 2**17 values (float64 for float64 tensors, and where float32 overflows or
-    has too small numbers for them), their sums float64.
+    Products are float32 within a piece of 2**17 values (float64 for float64 tensors, and where float32 does not hold
+    the squares), their sums float64.
     """
 
     def __init__(self, count: int) -> None:
@@ -81,15 +82,10 @@ class RealisedCoefficients:
         tensors = [*deltas.values(), merged, base]
         wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
         for piece in _slices(merged):
-            rows = torch.empty(len(tensors), *merged[piece].shape, dtype=wide, device=merged.device)
-            for row, tensor in zip(rows, tensors, strict=True):
-                row.copy_(tensor[piece])
-            rows[-2].sub_(rows[-1])
-            flat = rows[:-1].flatten(1)
-            products = (flat[:-1] @ flat.T).double().cpu()
-            if not (products.isfinite().all() and (products.diagonal() > SMALLEST).all()):
-                flat = flat.double()
-                products = (flat[:-1] @ flat.T).cpu()
+            pieces = [tensor[piece] for tensor in tensors]
+            products = _products(pieces, wide)
+            if wide == torch.float32 and not _held(products, pieces):
+                products = _products(pieces, torch.float64)
             self._gram[numbers[:, None], numbers] += products[:, :-1]
             self._edit[numbers] += products[:, -1]
 
@@ -100,15 +96,9 @@ class RealisedCoefficients:
 
     def solve(self, requested: Sequence[float] | None = None) -> list[float]:
         """The coefficients that explain the edit best; among equally good ones (zero or collinear vectors), those
-        nearest to ``requested`` (zeros if it is not given).
-
-        Raises AlignvecError for vectors so large that their products overflow float64.
-        """
+        nearest to ``requested`` (zeros if it is not given). NaN where float64 does not hold the squares."""
         if not (self._gram.isfinite().all() and self._edit.isfinite().all()):
-            raise AlignvecError(
-                "the realised coefficients cannot be told, for products of the deltas overflow float64: multiply the "
-                "vectors by a small number first"
-            )
+            return [math.nan] * len(self._edit)
         wanted = (
             torch.zeros_like(self._edit) if requested is None else torch.tensor(list(requested), dtype=torch.float64)
         )
@@ -117,6 +107,23 @@ class RealisedCoefficients:
         gram = self._gram / scale[:, None] / scale
         off = (self._edit - self._gram @ wanted) / scale
         return (wanted + torch.linalg.pinv(gram, rtol=1e-10, hermitian=True) @ off / scale).tolist()
+
+
+def _products(tensors: Sequence[Tensor], wide: torch.dtype) -> Tensor:
+    """Of the deltas with each other and with the edit, [n, n + 1], float64; the tensors: n deltas, merged, base."""
+    rows = torch.empty(len(tensors), *tensors[-1].shape, dtype=wide, device=tensors[-2].device)
+    for row, tensor in zip(rows, tensors, strict=True):
+        row.copy_(tensor)
+    rows[-2].sub_(rows[-1])
+    flat = rows[:-1].flatten(1)
+    return (flat[:-1] @ flat.T).double().cpu()
+
+
+def _held(products: Tensor, tensors: Sequence[Tensor]) -> bool:
+    """Whether float32 held the products: none overflowed, and no delta's squares vanished."""
+    squares = products.diagonal()
+    small = [bool(tensor.any()) for tensor, square in zip(tensors, squares, strict=False) if square < SMALLEST]
+    return bool(products.isfinite().all()) and not any(small)
 
 
 def _slices(tensor: Tensor) -> Iterator[slice | EllipsisType]:

@@ -147,9 +147,8 @@ class RowCheck:
 
     def _inputs(self) -> dict[str, Tensor]:
         config: Any = getattr(self.model, "config", None)
-        get_text_config = getattr(config, "get_text_config", None)
-        vocabulary = getattr(get_text_config() if get_text_config else config, "vocab_size", None)
-        if not isinstance(vocabulary, int):
+        vocabulary = self._vocabulary(config)
+        if vocabulary is None:
             raise RowsError(
                 f"{type(self.model).__name__} has no vocabulary, so it is not known which row of a batch its inputs "
                 "belong to"
@@ -175,6 +174,15 @@ class RowCheck:
                 "inputs belong to"
             )
         return named
+
+    def _vocabulary(self, config: Any) -> int | None:
+        """How many tokens the model knows: by its configuration, else the fewest that one of its embeddings has."""
+        get_text_config = getattr(config, "get_text_config", None)
+        vocabulary = getattr(get_text_config() if get_text_config else config, "vocab_size", None)
+        if isinstance(vocabulary, int):
+            return vocabulary
+        sizes = (module.num_embeddings for module in self.model.modules() if isinstance(module, nn.Embedding))
+        return min(sizes, default=None)
 
     def _device(self) -> torch.device:
         embedding = getattr(self.model, "get_input_embeddings", lambda: None)()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import re
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from alignvec.checkpoint import Checkpoint, TensorInfo
 from alignvec.errors import AlignvecError
 from alignvec.hidden import recover
+from alignvec.untrusted import mode_of
 from alignvec.wrappers import inner_model, is_adapter, is_persistent, live_names, plain_names
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w.-]+)?")
@@ -131,7 +133,7 @@ def local_path(source: str | Path, files: Sequence[str] = HUB_FILES) -> Path:
     """
     path = Path(source)
     recover(path)
-    if path.exists() or not isinstance(source, str) or not HUB_ID.fullmatch(source):
+    if mode_of(path) is not None or not isinstance(source, str) or not HUB_ID.fullmatch(source):
         return path
     from huggingface_hub import snapshot_download
 
@@ -152,10 +154,8 @@ def in_order(jobs: Iterable[Callable[[int], T]]) -> Generator[T, None, None]:
     Each job is given the number of a slot, below SLOTS, that is its own until its result is done with: buffers kept by
     slot are reused safely. Inside, torch runs one thread an operation: the jobs are the parallelism.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     waiting: list[Future[T]] = []
-    with ThreadPoolExecutor(WORKERS) as pool:
+    with one_thread(), ThreadPoolExecutor(WORKERS) as pool:
         try:
             for number, job in enumerate(jobs):
                 waiting.append(pool.submit(job, number % SLOTS))
@@ -166,7 +166,18 @@ def in_order(jobs: Iterable[Callable[[int], T]]) -> Generator[T, None, None]:
         finally:
             for future in waiting:
                 future.cancel()
-            torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, torch runs one thread an operation: small ones beside jobs that keep every core busy would spend most of
+    their time waiting for a second thread to get its turn."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _chunks(source: Source, name: str, step: int = 1 << 20) -> Iterator[Tensor]:

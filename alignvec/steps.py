@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from alignvec.coefficients import Coefficients
+    from alignvec.standing import Hold
 
 Values = tuple[float, ...]  # one row of the coefficient table
 Place = tuple[Tensor, Tensor]  # the table float32 [rows, n_vectors] that kernels read, and its number of rows int32 [1]
@@ -36,19 +37,17 @@ class Step:
         mixes: Sequence[Values],
         batch: int | None,
         live: Sequence[torch.device] = (),
-        counted: bool = False,
-        held: bool = False,
+        hold: Hold | None = None,
     ) -> None:
         """live: devices whose live tables hold these mixes for as long as the step lasts; on others it makes its own.
-        counted: the step is one of those that keep the live tables from being written. held: it is one of those that
-        keep the model as it stands.
+        hold: what keeps the model as it stands for the step.
         """
         self.coefficients = coefficients
         self.mixes = tuple(mixes)
         self.rows = len(self.mixes)
         self.batch = batch
-        self.counted = counted
-        self.held = held
+        self.hold = hold
+        self.over = False
         self.given: dict[int, dict[str, Tensor]] = {}
         self.calls: list[Any] | None = None
         self.depth = 0
@@ -106,14 +105,9 @@ class Step:
         self.opener, self._frame, self.depth = module, frame, 1
 
     def closed(self) -> None:
-        """Let go of the call that opened the step, whose frame holds its results."""
+        """The step is over. Let go of the call that opened it, whose frame holds its results."""
         self.opener = self._frame = None
-
-    def __del__(self) -> None:
-        if self.counted:  # its thread has ended in the middle of it
-            self.coefficients.lost.append(True)
-        if self.held:
-            self.coefficients.standing.lost.append(True)
+        self.over = True
 
     def abandoned(self) -> bool:
         """Whether the call that opened the step is over: it was interrupted, and nothing closed the step."""

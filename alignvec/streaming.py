@@ -16,6 +16,8 @@ from alignvec.description import Error
 from alignvec.difference import Tally, difference, same_bytes
 from alignvec.errors import AlignvecError
 from alignvec.fingerprint import BaseIdentity, Checksum, TensorIdentity, dtype_name, identifying
+from alignvec.formats import lossless, steps
+from alignvec.formats.steps import Counted, nothing
 from alignvec.integrity import checksum_of, meaning
 from alignvec.pairing import Plan, require_equal
 from alignvec.progress import bytes_bar
@@ -33,6 +35,7 @@ class Streamed(NamedTuple):
     losses: dict[str, Any]  # what the rounding of the whole lost
     errors: dict[str, Error]  # and that of each tensor
     checksums: dict[str, dict[str, str]]  # of the deltas as a vector's files hold them, for a ShardWriter alone
+    counted: dict[str, Counted]  # the steps that lossless would store, for a plan that is about bits
 
 
 def stream(
@@ -45,6 +48,7 @@ def stream(
     identities: dict[str, TensorIdentity] = {}
     errors: dict[str, Error] = {}
     checksums: dict[str, dict[str, str]] = {}
+    counted: dict[str, Counted] = {}
     seeds = _seeds(plan) if isinstance(writer, ShardWriter) else {}
     with (
         bytes_bar("extracting", total, shown=progress) as advance,
@@ -60,6 +64,7 @@ def stream(
             checksum, narrow, own = Checksum(), Checksum(), Tally()
             writer.begin(name, plan.stored[name].dtype, info.shape)
             digits: list[str] = []
+            counts = nothing()
             zeros, found = 0, False  # zeros that come before the first change are not written until there is one
             for piece in _shown(pieces, advance):
                 assert piece.sums is not None
@@ -81,12 +86,15 @@ def stream(
                 writer.write(delta)
                 digits.append(piece.digits or _checksum(delta, seeds.get(name)))
                 own.add(part)
+                counts += piece.counted or nothing()
                 zeros, found = 0, True
             tally.add(own)
             if found:
                 writer.end()
                 errors[name] = Error.of(own.error, own.square, name) if own.square else Error(0.0)
                 checksums[name] = {"": "".join(digits)}
+                if counts.changed:
+                    counted[name] = counts
             else:
                 writer.roll_back()
             kept += found
@@ -105,7 +113,7 @@ def stream(
     identity = BaseIdentity(identifying(left.config), {name: identities[name] for name in order})
     whole = Error.of(tally.error, tally.square, "of the whole")
     source = {"inexact_values": tally.inexact, "rounding_error": whole.relative}
-    return Streamed(identity, source, errors, checksums)
+    return Streamed(identity, source, errors, checksums, counted)
 
 
 class _Piece(NamedTuple):
@@ -115,6 +123,7 @@ class _Piece(NamedTuple):
     sums: tuple[Sums, Sums] | None  # for the base's two checksums, of floating tensors
     difference: tuple[Tensor, Tally] | None  # None where nothing differs
     digits: str = ""  # of the difference's checksum, where one is kept
+    counted: Counted | None = None  # the steps, where the plan is about bits and both sides have 16 of one dtype
 
 
 def _seeds(plan: Plan) -> dict[str, int]:
@@ -151,6 +160,12 @@ def _jobs(left: Source, right: Source, plan: Plan, seeds: Mapping[str, int]) -> 
         sums = both_sums(mine) if name in plan.stored else None  # while the values are in the cache
         theirs = right.read(name, start, stop, buffers[slot][1])
         if name in plan.stored:
+            if plan.bits and mine.dtype == theirs.dtype and lossless.takes(mine.dtype):
+                counted = steps.count(mine, theirs)
+                if not counted.changed:
+                    return _Piece(mine, sums, None)
+                if math.isfinite(counted.square):  # no delta: a plan about bits comes with a Survey, which wants none
+                    return _Piece(mine, sums, (mine, Tally(square=counted.square)), counted=counted)
             result = difference(mine, theirs, plan.stored[name].dtype, buffers[slot][2])
             if result is None and plan.bits and not (mine.dtype == theirs.dtype and same_bytes(mine, theirs)):
                 result = torch.zeros(mine.numel(), dtype=plan.stored[name].dtype), Tally()

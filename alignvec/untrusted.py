@@ -27,16 +27,23 @@ LONGEST_NAME = 1024  # characters of a tensor's name
 LARGEST_SIZE = 2**63  # what torch counts values with
 
 
+def mode_of(path: Path) -> int | None:
+    """What stands at a path, links followed, as `stat` has it; None for nothing. AlignvecError for what hides it."""
+    try:
+        return os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from None
+
+
 def present(file: Path) -> bool:
     """Whether there is a regular file, or a link to one. AlignvecError for anything else that has the name."""
-    try:
-        mode = os.stat(file).st_mode
-    except (FileNotFoundError, NotADirectoryError):
+    mode = mode_of(file)
+    if mode is None:
         if os.path.islink(file):
-            raise AlignvecError(f"{file} is a link that leads nowhere: put the file in its place") from None
+            raise AlignvecError(f"{file} is a link that leads nowhere: put the file in its place")
         return False
-    except (OSError, ValueError) as error:
-        raise _unreadable(file, error) from None
     _require_regular(file, mode)
     return True
 
@@ -143,9 +150,9 @@ def require_memory(nbytes: int, what: str) -> None:
         raise AlignvecError(f"{what} take {nbytes} bytes, more than this machine has: read them in pieces")
 
 
-def brief(error: BaseException) -> str:
+def brief(error: BaseException, most: int = 200) -> str:
     """An exception in one short line: what parsers say may quote the file."""
-    return shown(" ".join(str(error).split()) or type(error).__name__, 200)
+    return shown(" ".join(str(error).split()) or type(error).__name__, most)
 
 
 def _require_regular(file: Path, mode: int) -> None:

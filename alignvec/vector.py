@@ -27,6 +27,7 @@ from alignvec.numbers import float64_sum
 from alignvec.printable import quoted
 from alignvec.selection import Patterns, as_patterns, selected
 from alignvec.sources import LiveSource, Source, StoredSource, open_source
+from alignvec.untrusted import present
 from alignvec.writer import ShardWriter, require_apart
 
 if TYPE_CHECKING:
@@ -300,13 +301,19 @@ class AlignmentVector:
                 w.begin(key(name, part), info.dtype, info.shape)
                 seed, digits = meaning(name, headers[name], part, info.dtype, info.shape), ""
                 dense = headers[name].name == "dense"
-                for piece in self.chunks(name) if dense else [self.encoded(name).parts[part].cpu()]:
+                for piece in self.chunks(name) if dense else [self._part(name, part, checked=bool(checksums[name]))]:
                     digits += checksum_of(piece, seed)
                     w.write(piece)
                 checksums[name][part] = digits
                 w.end()
             w.close()
             describe(folder, headers, self.base, self.format, self.source, self.errors, checksums)
+
+    def _part(self, name: str, part: str, checked: bool) -> Tensor:
+        """One part of a delta, on the CPU; all of them are read and checked, unless they were before."""
+        if checked and isinstance(self._deltas, Stored):
+            return self._deltas.part(name, part)
+        return self.encoded(name).parts[part].cpu()
 
     @classmethod
     def load(cls, path: str | Path, *, verify: bool = True) -> AlignmentVector:
@@ -321,9 +328,9 @@ class AlignmentVector:
         folder = Path(path)
         recover(folder)
         file = folder / f"{STEM}.json"
-        if not file.is_file():
-            raise AlignvecError(f"{folder} is no alignment vector: it holds no {file.name}{_instead(folder)}")
         with steady(folder):
+            if not present(file):
+                raise AlignvecError(f"{folder} is no alignment vector: it holds no {file.name}{_instead(folder)}")
             checkpoint, description = Checkpoint.open(folder, stem=STEM), read_description(file, verify=verify)
         try:
             deltas = Stored(checkpoint, description.headers, checksums=description.checksums)

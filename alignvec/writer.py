@@ -150,20 +150,19 @@ class ShardWriter:
 
 
 def require_names(names: Iterable[str]) -> None:
-    """AlignvecError for a name that is not read back: the header's own, what is no Unicode text, and beyond
-    LONGEST_NAME characters."""
+    """AlignvecError for a name that is not read back: the header's own, what is no Unicode text, and a long one."""
     for name in names:
+        if len(name) > LONGEST_NAME:
+            raise AlignvecError(
+                f"a tensor cannot be stored as {shown(name)!r}, a name of {len(name)} characters, which may have "
+                f"{LONGEST_NAME}: rename it"
+            )
         if name == RESERVED:
             raise AlignvecError(f"a tensor cannot be stored as {name!r}, which safetensors files keep: rename it")
         try:
             name.encode()
         except UnicodeEncodeError:
             raise AlignvecError(f"a tensor cannot be stored as {name!r}, which is no text: rename it") from None
-        if len(name) > LONGEST_NAME:
-            raise AlignvecError(
-                f"a tensor cannot be stored as {shown(name)!r}, which has {len(name)} characters: give it a name of at "
-                f"most {LONGEST_NAME}"
-            )
 
 
 def require_apart(name: str, taken: Container[str]) -> None:

@@ -19,12 +19,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 import alignvec
 from alignvec import AlignmentVector, prepack
 from alignvec.kernels import eager, reference
+from alignvec.loading import load_model, load_tokenizer
 from alignvec.recipes.dataset import make_rows
 from alignvec.recipes.models import model_path
 from alignvec.recipes.tokenizer import EOS, prompt_text
@@ -92,7 +92,7 @@ class _Pair:
             for (name, before), after in zip(self.base.named_parameters(), self.aligned.parameters(), strict=True)
         }
         self.wide = _model(self.folders[0], torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(self.folders[0])
+        tokenizer = load_tokenizer(self.folders[0])
         rows = make_rows(domain, "test")[:QUERIES]
         texts = [prompt_text(row.query) + row.expert + EOS for row in rows]
         batch = tokenizer(texts, return_tensors="pt", padding=True)
@@ -144,7 +144,7 @@ class _Pair:
 
 
 def _model(folder: Path, dtype: torch.dtype) -> nn.Module:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    return load_model(folder, dtype=dtype).eval()
 
 
 def _widths(vector: AlignmentVector) -> list[int]:

@@ -21,6 +21,7 @@ from rich.table import Table
 import alignvec
 from alignvec import planner
 from alignvec.errors import AlignvecError
+from alignvec.loading import load_model
 from alignvec.planner.cpu import cpu_capability
 from alignvec.recipes.models import model_path
 from bench import record
@@ -96,7 +97,7 @@ def setting(device: str) -> Row:
     """What a change of coefficients takes on the host: three vectors on a shipped model, no step in between."""
     transformers.utils.logging.disable_progress_bar()
     base = model_path("base")
-    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, device_map=device)
+    model = load_model(base, dtype=torch.bfloat16, device_map=device)
     vectors = {name: alignvec.extract(base, model_path(name)) for name in ("medical", "legal", "financial")}
     alignment = alignvec.attach(model, vectors)
     taken = host_seconds(lambda i: alignment.set(medical=i / 1000, legal=0.3, financial=-0.2))

@@ -305,13 +305,15 @@ def mix(
     """
     c = token_coefficients(table, rows, columns, batch)
     matrix = weight.reshape(matrix_shape(weight))
-    mixed = matrix.to(torch.promote_types(weight.dtype, torch.float32)).expand(batch, *matrix.shape)
+    base = mixed = matrix.to(torch.promote_types(weight.dtype, torch.float32)).expand(batch, *matrix.shape)
     for i, (operand, (some, every)) in enumerate(zip(operands, readers(c), strict=True)):
         if not some:
             continue
         own = c[:, i, None, None]
         sums = torch.addcmul(mixed, own, _delta(operand, matrix, None))
         mixed = sums if every else torch.where(own == 0, mixed, sums)
+    if mixed is base:  # what is given back is never the parameter's own memory
+        mixed = base.clone()
     return mixed.reshape(batch, *weight.shape)
 
 

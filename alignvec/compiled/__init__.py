@@ -15,7 +15,7 @@ import torch
 
 from alignvec.errors import AlignvecError
 
-SCHEMAS = 2  # the version that `alignvec_schemas` of a library has to name: raised when a schema here changes
+SCHEMAS = 3  # the version that `alignvec_schemas` of a library has to name: raised when a schema here changes
 CAPABILITY = (8, 0)  # the oldest GPU that csrc/cuda is compiled for
 
 

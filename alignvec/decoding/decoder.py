@@ -103,6 +103,7 @@ class Decoder:
         self._rows: list[Row | None] = [None] * max_batch
         self._active = [0] * max_batch
         self._launched: list[tuple[list[Row], Output]] = []
+        self._known = 0  # of these, the first ones whose tokens the rows have
 
     def __repr__(self) -> str:
         how = "fused layers" if self.fused else f"the model's own forward ({self.reason})"
@@ -250,12 +251,20 @@ class Decoder:
         """
         if not self._launched:
             raise AlignvecError("no step was launched; call launch() first")
+        if not self._known:
+            self._know(1)
         rows, output = self._launched.pop(0)
+        self._known -= 1
         tokens = output.wait()
-        current = [row for row in rows if self._rows[row.index] is row]
-        for row in current:
-            row.tokens.append(tokens[row.index])
-        return {row.index: tokens[row.index] for row in current}
+        return {row.index: tokens[row.index] for row in rows if self._rows[row.index] is row}
+
+    def _know(self, steps: int) -> None:
+        """Wait for the tokens of the first steps on their way, which the rows have from here on, collected or not."""
+        for rows, output in self._launched[self._known : steps]:
+            tokens = output.wait()
+            for row in rows:
+                row.tokens.append(tokens[row.index])
+            self._known += 1
 
     def step(self) -> dict[int, int]:
         """One token for every row that has some left: `launch`, and `collect` of all that is on its way."""
@@ -297,13 +306,12 @@ class Decoder:
     def set_sampling(self, row: int, sampling: Sampling) -> None:
         """Choose a row's tokens in another way, from its next one on."""
         own = self._row(row)
-        while self._launched:
-            self.collect()
+        self._know(self.pending)
         own.sampling = sampling
         self.state.sampler.put(row, sampling, torch.tensor(own.text))
 
     def text(self, row: int) -> list[int]:
-        """Token ids of a row, as far as they were collected: prompt and answer."""
+        """Token ids of a row, as far as the host has seen them: prompt and answer."""
         return self._row(row).text
 
     @torch.no_grad()
@@ -408,6 +416,9 @@ class Decoder:
     def forget(self) -> None:
         """Drop the keys and values kept for later prompts; needed after the model's weights were changed in place."""
         self.prefixes.clear()
+        for row in self._rows:
+            if row is not None:
+                row.written = None  # nor are those of rows that are being decoded kept when these leave
 
     def _row(self, row: int) -> Row:
         own = self._rows[row] if 0 <= row < self.max_batch else None
@@ -439,8 +450,7 @@ class Decoder:
         changed = [row for row in rows if row.written != (reading.weights, mixes[row.index])]
         stale = [row for row in changed if row.recompute]
         if stale:
-            while self._launched:
-                self.collect()
+            self._know(self.pending)
             self._prefill.read(stale, mixes, reading.weights, self._table(reading))
         for row in changed:
             if not row.recompute:

@@ -100,6 +100,8 @@ def encode(
         if other is not None and other.shape != delta.shape:
             raise AlignvecError(f"delta {name} has shape {list(delta.shape)}, its base {list(other.shape)}")
     module = FORMATS["dense" if delta.dim() < 2 or not delta.numel() else spec.name]
+    if module is not dense and delta.dtype == torch.float64 and not finite(delta.float()):
+        raise AlignvecError(f"delta {name} leaves float32's range, which {spec.name} stores: store it dense")
     return module.encode(spec, delta.detach(), base, aligned, name)
 
 

@@ -12,11 +12,11 @@ from alignvec.checkpoint import TensorInfo
 from alignvec.errors import AlignvecError
 from alignvec.fingerprint import BaseIdentity, identify
 from alignvec.formats import Encoded, decode
-from alignvec.loading import reason
 from alignvec.names import parameter_names, resolve
 from alignvec.peft import wrappers
 from alignvec.peft.outline import outline
 from alignvec.sources import LiveSource, StoredSource, local_path, open_source
+from alignvec.untrusted import brief
 from alignvec.wrappers import unwrapped
 
 STEM, CONFIG, PREFIX = "adapter_model", "adapter_config.json", "base_model.model."
@@ -81,8 +81,8 @@ class Base:
             layout = _checkpoint_layout(model, others)
         except Exception as error:
             raise AlignvecError(
-                f"transformers does not say how {source.label} stores {next(iter(others))} ({reason(error)}): give the "
-                "loaded model as the base"
+                f"transformers does not say how {source.label} stores {next(iter(others))} ({brief(error, 300)}): "
+                "give the loaded model as the base"
             ) from error
         for name, value in layout.items():
             if id(value) in moved and name in source.tensors:
@@ -204,8 +204,8 @@ class Base:
             layout = _checkpoint_layout(self.model, {**zeros, **others})
         except Exception as error:
             raise AlignvecError(
-                f"transformers does not write {next(iter(others))} as {self.label} stores it ({error}): give the "
-                "loaded model as the base"
+                f"transformers does not write {next(iter(others))} as {self.label} stores it ({brief(error, 300)}): "
+                "give the loaded model as the base"
             ) from error
         for name, delta in layout.items():
             if not delta.any():

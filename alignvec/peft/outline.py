@@ -16,8 +16,9 @@ from torch.nn.modules.module import register_module_module_registration_hook as 
 from torch.nn.modules.module import register_module_parameter_registration_hook as on_parameter
 
 from alignvec.errors import AlignvecError
-from alignvec.loading import load_config, reason
+from alignvec.loading import load_config
 from alignvec.sources import StoredSource
+from alignvec.untrusted import brief
 
 # What configurations call numbers of parts: transformers loops over them before it makes the first part.
 COUNTED = re.compile(r"num_.*|n_(layer|head|expert).*|.*layers?")
@@ -50,8 +51,8 @@ def outline(source: StoredSource, folder: Path) -> nn.Module:
         raise
     except Exception as error:
         raise AlignvecError(
-            f"transformers builds no causal language model from {folder} by itself ({reason(error)}): give the loaded "
-            "model as the base"
+            f"transformers builds no causal language model from {folder} by itself ({brief(error, 300)}): "
+            "give the loaded model as the base"
         ) from None
     return model
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 import alignvec
 from alignvec import Alignment, AlignmentVector, AlignvecError
 from alignvec.evaluate import Question, Scorer, Scores, load_questions
+from alignvec.loading import load_model, load_tokenizer
 from alignvec.recipes.models import model_path, vector_path
 
 SHIPPED = ("mistral-4m", "qwen3-2m")
@@ -55,7 +55,7 @@ class Setting:
 
     @cached_property
     def tokenizer(self) -> Any:
-        return transformers.AutoTokenizer.from_pretrained(self.base)
+        return load_tokenizer(self.base)
 
     def few(self, count: int, domains: Sequence[str] | None = None, train: bool = False) -> list[Question]:
         """The first ``count`` test (or training) questions of every domain, scaled."""
@@ -70,7 +70,7 @@ class Setting:
     def model(self, dtype: str | None = None) -> Any:
         """The base, anew."""
         found = getattr(torch, dtype or self.dtype)
-        return transformers.AutoModelForCausalLM.from_pretrained(self.base, dtype=found).to(self.device).eval()
+        return load_model(self.base, dtype=found).to(self.device).eval()
 
     def attach(
         self, vectors: Mapping[str, AlignmentVector] | None = None, dtype: str | None = None, model: Any = None

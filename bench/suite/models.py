@@ -12,6 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from alignvec import AlignmentVector, formats
 from alignvec.formats import Encoded, Spec
+from alignvec.loading import load_config, load_model
 from alignvec.recipes.models import model_path
 from bench.suite.case import Setting
 
@@ -43,7 +44,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 def config(setting: Setting) -> transformers.PreTrainedConfig:
     """The setting's architecture."""
     if setting.model == "tiny":
-        return transformers.AutoConfig.from_pretrained(model_path("base"))
+        return load_config(model_path("base"))
     sizes = CONFIGS[setting.model]
     return transformers.MistralConfig(**sizes, max_position_embeddings=32768, sliding_window=None)
 
@@ -52,7 +53,7 @@ def build(setting: Setting) -> nn.Module:
     """The setting's model on its device, in eval mode: random weights in bfloat16, or the shipped base in float32."""
     disable_progress_bar()
     if setting.model == "tiny":
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(model_path("base"), dtype=torch.float32)
+        loaded = load_model(model_path("base"), dtype=torch.float32)
         return loaded.to(setting.device).eval()
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config(setting), dtype=torch.bfloat16)

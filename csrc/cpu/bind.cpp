@@ -323,4 +323,4 @@ STABLE_TORCH_LIBRARY_IMPL(alignvec, CompositeExplicitAutograd, m) {
 }  // namespace alignvec
 
 // The version of the schemas that this file implements: alignvec/compiled refuses a library of another one.
-extern "C" __attribute__((visibility("default"))) int alignvec_schemas() { return 2; }
+extern "C" __attribute__((visibility("default"))) int alignvec_schemas() { return 3; }

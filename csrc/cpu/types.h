@@ -100,11 +100,14 @@ struct Ahead {
   }
 };
 
-constexpr int TILE_ROWS = 4;        // output rows that one call of `dots` takes
-constexpr int TILE_TOKENS = 4;      // tokens, unless there is one
-constexpr int MOST_VECTORS = 16;    // that edit a weight, as kernels/operands.py has it
-constexpr int MIX_ROWS = 32;        // rows of a mix that a product takes
-constexpr int64_t INPUT_PAD = 128;  // activations are padded to a multiple: two planes of the largest width
+constexpr int TILE_ROWS = 4;         // output rows that one call of `dots` takes
+constexpr int TILE_TOKENS = 4;       // tokens, unless there is one
+constexpr int MOST_VECTORS = 16;     // that edit a weight, as kernels/operands.py has it
+constexpr int MIX_ROWS = 32;         // rows of a mix that a product takes
+constexpr int64_t INPUT_PAD = 128;   // activations are padded to a multiple: two planes of the largest width
+constexpr int STEP_COUNTS = 9;       // what `count_steps` counts
+constexpr int64_t SUM_WORDS = 4096;  // words of four bfloat16 values in a row of a checksum, as alignvec/sums.py has it
+constexpr uint32_t SUM_SMALLEST = 0x3700, SUM_BEYOND = 0x4780;  // magnitudes of bfloat16 between which float16 has all
 inline int64_t padded_inputs(int64_t inputs) { return (inputs + INPUT_PAD - 1) / INPUT_PAD * INPUT_PAD; }
 
 // The kernels of one instruction set. `weight` is the base, which lossless deltas are steps from.
@@ -148,6 +151,23 @@ struct Kernels {
   // sums[m * stride + k] += sum_t weights[t * TILE_TOKENS + m] values[first + t][k] for 1 or TILE_TOKENS queries.
   void (*add_values)(const Matrix& values, int64_t first, int64_t keys, int64_t features, const float* weights,
                      int tokens, int64_t stride, float* sums);
+  // Lossless deltas, of 16-bit floats: counts[0] += how many of the steps are not 0, counts[i] += how many do not fit a
+  // field of i bits, and *square += sum (aligned - base)^2, which is finite where all values and differences are.
+  void (*count_steps)(const uint16_t* base, const uint16_t* aligned, int64_t count, bool half, int64_t* counts,
+                      double* square);
+  // A row's steps as fields of `width` bits in (cols * width + 7) / 8 bytes. Gives how many fit none; their columns go
+  // to `wide` or, where that is null, `narrow`, and their aligned values to `own`. *magnitude becomes that of the
+  // largest value, as bits, if it is larger. `walk_steps` goes the steps back.
+  int64_t (*pack_steps)(const uint16_t* base, const uint16_t* aligned, int64_t cols, int width, uint8_t* packed,
+                        uint16_t* narrow, int32_t* wide, uint16_t* own, int* magnitude);
+  void (*walk_steps)(const uint16_t* base, const uint8_t* packed, int64_t cols, int width, uint16_t* aligned,
+                     int* magnitude);
+  // Checksums, of rows of SUM_WORDS words: the sum of a row's words, each also added to its column's; by how much they
+  // change where float16 takes the place of bfloat16; the largest magnitude, as bits; float16 as bfloat16.
+  uint64_t (*sum_words)(const uint16_t* values, uint64_t* columns);
+  uint64_t (*narrow_words)(const uint16_t* values, uint64_t* columns);
+  int (*magnitude)(const uint16_t* values, int64_t count);
+  void (*half_to_bf16)(const uint16_t* values, int64_t count, uint16_t* out);
 };
 
 // The best kernels this CPU runs, or those that ALIGNVEC_CPU names (portable, avx2, avx512, avx512_bf16, amx).

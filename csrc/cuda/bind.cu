@@ -207,4 +207,4 @@ STABLE_TORCH_LIBRARY_IMPL(alignvec, CPU, m) {  // the emulator
 }
 
 // The version of the schemas that this file implements: alignvec/compiled refuses a library of another one.
-extern "C" __attribute__((visibility("default"))) int alignvec_schemas() { return 2; }
+extern "C" __attribute__((visibility("default"))) int alignvec_schemas() { return 3; }

@@ -19,7 +19,19 @@ LARGEST = (2.0 - 2.0**-23) * 2.0**127  # of float32
 HALFWAY = 2.0**128 - 2.0**103  # rounds to an even number, which is infinity
 TOO_LARGE = [1e39, -3.5e38, HALFWAY, -HALFWAY, 10**400, -(10**400), 10**5000, 2**128, Decimal("1e39"), Decimal("1e400")]
 NOT_FINITE = [float("nan"), float("-inf"), Decimal("NaN"), numpy.float64(1e39), numpy.float32("inf"), Fraction(10**50)]
-NO_NUMBER = [None, "much", 1j, [1.0], {}, Decimal("sNaN"), torch.ones(2), numpy.ones(2), torch.tensor(1j)]
+NO_NUMBER = [
+    "0.5",
+    b"0.5",
+    None,
+    "much",
+    1j,
+    [1.0],
+    {},
+    Decimal("sNaN"),
+    torch.ones(2),
+    numpy.ones(2),
+    torch.tensor(1j),
+]
 
 WRITES: dict[str, Callable[[alignvec.Alignment, Any], Any]] = {
     "set": lambda a, value: a.set(b=0.5, a=value),

@@ -25,7 +25,7 @@ STAND_IN = """
 
 torch::stable::Tensor same(torch::stable::Tensor x) { return torch::stable::clone(x); }
 
-extern "C" __attribute__((visibility("default"))) int alignvec_schemas() { return 2; }
+extern "C" __attribute__((visibility("default"))) int alignvec_schemas() { return 3; }
 STABLE_TORCH_LIBRARY(alignvec_stand_in, m) { m.def("same(Tensor x) -> Tensor"); }
 STABLE_TORCH_LIBRARY_IMPL(alignvec_stand_in, CompositeExplicitAutograd, m) { m.impl("same", TORCH_BOX(&same)); }
 """

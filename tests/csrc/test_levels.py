@@ -31,7 +31,13 @@ def test_the_same_cases(level):
         pytest.skip("the best one, which all tests run")
     files = (
         f"tests/{name}.py"
-        for name in ("kernels/test_linear", "kernels/test_step", "csrc/test_cpu", "csrc/test_cpu_step")
+        for name in (
+            "kernels/test_linear",
+            "kernels/test_step",
+            "csrc/test_cpu",
+            "csrc/test_cpu_lossless",
+            "csrc/test_cpu_step",
+        )
     )
     done = _run(level, "-m", "pytest", "-q", "-k", "cpp or test_cpu", *files)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

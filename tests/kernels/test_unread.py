@@ -148,3 +148,12 @@ def test_the_reference():
     x, weight, columns = torch.ones(2, 4), torch.ones(3, 4), torch.zeros(1, dtype=torch.int32)
     y = reference.linear(x, weight, None, [operands.dense(values)], None, columns, table, torch.tensor([2]))
     assert y.tolist() == [[4.0] * 3, [torch.inf] * 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_mix_of_no_vector_is_not_the_parameter_itself(dtype: torch.dtype) -> None:
+    weight = torch.randn(3, 4, dtype=dtype)
+    table, rows = torch.zeros(1, 1), torch.ones(1, dtype=torch.int32)
+    mixed = eager.mix(weight, [operands.dense(torch.ones(3, 4))], torch.zeros(1, dtype=torch.int32), table, rows, 1)
+    assert torch.equal(mixed[0], weight)
+    assert mixed.data_ptr() != weight.data_ptr()

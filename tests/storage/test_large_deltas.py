@@ -63,15 +63,15 @@ def test_convert_refuses_what_overflows_and_leaves_nothing(tmp_path: Path) -> No
     with pytest.raises(AlignvecError, match="delta w overflows when it is read back from this format: choose another"):
         convert(vector, tmp_path / "o", "low-rank:rank=2")
     wide = AlignmentVector({"w": torch.full((4, 32), 1e200, dtype=torch.float64)})
-    with pytest.raises(AlignvecError, match="delta w is too large: its squares overflow float64; exclude it"):
+    with pytest.raises(AlignvecError, match="delta w is too large for what encoding loses"):
         convert(wide, tmp_path / "o", "dense")
     assert list(tmp_path.iterdir()) == []
 
 
-NAMES = ["", "a\0b", "a\nb", "é", "😀", "a/b", '"', "\\", "[/red]", "x" * 1000, "x" * 5000, "__metadata__", "\ud800"]
+NAMES = ["", "a\0b", "a\nb", "é", "😀", "a/b", '"', "\\", "[/red]", "x" * 1024, "x" * 1025, "__metadata__", "\ud800"]
 
 
-@pytest.mark.parametrize("name", NAMES, ids=lambda name: f"{name[:12]!a}-{len(name)}")
+@pytest.mark.parametrize("name", NAMES, ids=lambda name: ascii(name[:12]))
 def test_names_are_given_back_or_refused(name: str, tmp_path: Path) -> None:
     """The safetensors library is who says which names a file holds."""
     vector = AlignmentVector({name: torch.ones(2, 32)})
@@ -81,6 +81,10 @@ def test_names_are_given_back_or_refused(name: str, tmp_path: Path) -> None:
         assert list(tmp_path.iterdir()) == []
         return
     vector.save(tmp_path / "dense")
+    if len(name) == 1024:  # as a part of a delta it has a longer one
+        with pytest.raises(AlignvecError, match=r"cannot be stored as .*, a name of 1030 characters"):
+            convert(vector, tmp_path / "sign", "sign")
+        return
     convert(vector, tmp_path / "sign", "sign")
     assert list(load_file(tmp_path / "dense" / "alignment_vector.safetensors")) == [name]
     assert f"{name}/signs" in load_file(tmp_path / "sign" / "alignment_vector.safetensors")

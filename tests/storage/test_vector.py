@@ -237,7 +237,7 @@ def test_broken_folders_are_refused(tmp_path: Path, message: str, damage: Callab
 @pytest.mark.parametrize("number", [10**400, -(10**5000), math.inf, math.nan], ids=["large", "larger", "inf", "nan"])
 def test_factors_and_divisors_are_finite(number: float) -> None:
     vector = AlignmentVector({"w": torch.ones(2)})
-    with pytest.raises(AlignvecError, match="cannot be multiplied by .*: choose a finite factor"):
+    with pytest.raises(AlignvecError, match=r"cannot be multiplied by .*: choose a finite factor"):
         vector * number
     with pytest.raises(AlignvecError, match="cannot be divided by"):
         vector / number

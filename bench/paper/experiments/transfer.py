@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 import alignvec
+from alignvec.loading import load_model
 from bench.paper.experiment import Claim, panels, percent, save, table
 from bench.paper.setting import Setting
 
@@ -41,9 +41,7 @@ def run(setting: Setting) -> dict[str, Any]:
             mixes = [{name: c} for c in AT]
             found: dict[str, Any] = {"questions": len(questions)}
             for stage, path in (("base", setting.base), ("descendant", descendant)):
-                model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                    path, dtype=getattr(torch, setting.dtype)
-                )
+                model: Any = load_model(path, dtype=getattr(torch, setting.dtype))
                 alignment = setting.attach({name: vector}, model=model.to(setting.device).eval())
                 levels = setting.score(alignment, questions, mixes, f"{name} on the {stage}")
                 refusals = setting.score(alignment, harmful, mixes, f"harm, {name} on the {stage}")
