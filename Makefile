@@ -43,7 +43,7 @@ paper-small: $(VENV)/.csrc
 # Mutated vectors, adapters and checkpoints, in search of anything but a right result or a refusal in one sentence.
 MINUTES ?= 20
 fuzz: $(VENV)/.csrc
-	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
+	$(BIN)/python -W ignore -m tests.fuzz --minutes $(MINUTES)
 
 # The gates that need a GPU, and the kernels' own tests, compiled.
 gpu-test: $(VENV)/.csrc
