@@ -15,6 +15,11 @@ from math import isfinite, prod
 from pathlib import Path
 from typing import Any
 
+try:
+    import resource
+except ImportError:  # there are no such limits elsewhere
+    resource = None  # type: ignore[assignment]
+
 from alignvec.errors import AlignvecError
 from alignvec.printable import shown
 
@@ -142,12 +147,16 @@ def require_name(name: str, file: Path) -> None:
 
 
 def require_memory(nbytes: int, what: str) -> None:
-    """AlignvecError for more bytes than the machine has, before they are asked for: some systems first promise them.
+    """AlignvecError for more bytes than the machine has, or this process may have, before they are asked for: some
+    systems first promise them.
 
     what: "the values of ...", which the sentence begins with.
     """
-    if hasattr(os, "sysconf") and nbytes > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
-        raise AlignvecError(f"{what} take {nbytes} bytes, more than this machine has: read them in pieces")
+    most = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")] if hasattr(os, "sysconf") else []
+    if resource is not None and (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
+        most.append(limit)
+    if most and nbytes > min(most):
+        raise AlignvecError(f"{what} take {nbytes} bytes, more than there are on this machine: read them in pieces")
 
 
 def brief(error: BaseException, most: int = 200) -> str:

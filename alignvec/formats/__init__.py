@@ -133,6 +133,8 @@ def joined(pieces: Iterable[Encoded], shape: tuple[int, ...], name: str = "") ->
                 side.setdefault(part, []).append(values)
                 continue
             if part not in parts:
+                nbytes = rows * values.shape[1] * values.element_size()
+                require_memory(nbytes, f"the values of {name} as {piece.name}")
                 parts[part] = values.new_empty(rows, values.shape[1])
             parts[part][row:stop] = values
         row, kind, options = stop, piece.name, piece.options
