@@ -206,10 +206,12 @@ def _sharded(index: Path) -> dict[str, TensorInfo]:
             raise AlignvecError(f"{index} names the file {shown(file)!r}: only .safetensors files beside it are read")
         shard = index.parent / file
         if not present(shard):
-            raise AlignvecError(f"{index} names the shard {file}, which is missing")
+            raise AlignvecError(f"{index} names the shard {shown(file)}, which is missing")
         stored = _header(shard)
         for name in sorted(named - stored.keys()):
-            raise AlignvecError(f"{index} says that {file} holds {name}, but it does not: was a shard renamed?")
+            raise AlignvecError(
+                f"{index} says that {shown(file)} holds {shown(name)}, but it does not: was a shard renamed?"
+            )
         for name in sorted(stored.keys() - named):
             where = f"places it in {shown(weight_map[name])}" if name in weight_map else "does not name it"
             raise AlignvecError(f"{shard} holds {name}, but the index {where}: was a shard renamed?")
@@ -223,7 +225,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _advice(path: Path) -> str:
-    if (path / "adapter_config.json").is_file():
+    if (path / "adapter_config.json").is_file() and (path / "adapter_model.safetensors").is_file():
         return "it is a PEFT adapter, which from_peft reads"
     pickled = path.suffix in (pattern[1:] for pattern in PICKLES) or (
         path.is_dir() and any(next(path.glob(pattern), None) for pattern in PICKLES)

@@ -2,15 +2,19 @@
 
 from alignvec.printable import printable
 
+LONGEST = 4000  # characters of a sentence, whatever a file says
+
 
 class AlignvecError(ValueError):
     """Bad input: one sentence that names the tensor, file or option and says what to do. Nothing was changed.
 
-    The sentence is one line: control characters and line breaks of a hostile name are shown as escapes.
+    The sentence is one line of bounded length: control characters and line breaks of a hostile name are shown as
+    escapes, and of what is very long the beginning and the end.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(printable(message))
+        text = printable(message)
+        super().__init__(text if len(text) <= LONGEST else f"{text[: LONGEST - 1000]} ... {text[-900:]}")
 
 
 class RowsError(AlignvecError):

@@ -143,3 +143,9 @@ def test_pictures_show_names_as_they_are(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["p.png"]
     with pytest.raises(alignvec.AlignvecError, match=r"p\.nonsense ends like no picture"):
         write_picture(figure, tmp_path / "p.nonsense")
+
+
+def test_an_error_is_not_as_long_as_a_file_has_it() -> None:
+    error = str(alignvec.AlignvecError(f"{'n' * 100_000} is no tensor: choose another"))
+    assert len(error) <= 4000
+    assert error.endswith("n is no tensor: choose another")
