@@ -32,6 +32,7 @@ SLACK = 0.3  # relative difference of what is the same but for rounding and a fl
 KEPT = ("past_key_values", "cache_params", "state")  # of earlier tokens, by the names that models give it
 FAR = 0.5  # relative difference of logits
 NOISE = 5.0  # times the difference that running together makes under one mix
+SMALLEST = 2.0**-128  # of a coefficient that is tried
 
 Calls = dict[Edit, list[Any]]
 
@@ -77,16 +78,23 @@ class RowCheck:
             return []
 
     def _far(self, inputs: dict[str, Any], zero: Values, base: Tensor) -> Values:
-        """Coefficients under which a row is so different from the base that no rounding hides a wrong mix."""
-        chosen = tuple(1.0 for _ in zero)
-        for scale in (1.0, 4.0, 16.0, 64.0):
+        """Coefficients that keep a row finite, and so far from the base that no rounding hides a wrong mix."""
+
+        def under(scale: float) -> tuple[Values, Tensor]:
             mix = tuple(scale for _ in zero)
-            output, _ = self._forward(_row(inputs, 0), [mix])
-            if not bool(output.isfinite().all()):
+            return mix, self._forward(_row(inputs, 0), [mix])[0]
+
+        scale = 1.0
+        chosen, output = under(scale)
+        while scale > SMALLEST and not output.isfinite().all() and base.isfinite().all():
+            scale /= 256
+            chosen, output = under(scale)
+        for larger in (4 * scale, 16 * scale, 64 * scale):
+            if not output.isfinite().all() or _difference(output, base) > FAR:
                 break
-            chosen = mix
-            if _difference(output, base) > FAR:
-                break
+            mix, output = under(larger)
+            if output.isfinite().all():
+                chosen = mix
         return chosen
 
     def _compare(self, inputs: dict[str, Any], far: Values, zero: Values, noise: float, decoding: bool = False) -> None:
