@@ -89,12 +89,15 @@ class RowCheck:
         while scale > SMALLEST and not output.isfinite().all() and base.isfinite().all():
             scale /= 256
             chosen, output = under(scale)
+        if not output.isfinite().all():
+            return tuple(1.0 for _ in zero)
         for larger in (4 * scale, 16 * scale, 64 * scale):
-            if not output.isfinite().all() or _difference(output, base) > FAR:
+            if _difference(output, base) > FAR:
                 break
             mix, output = under(larger)
-            if output.isfinite().all():
-                chosen = mix
+            if not output.isfinite().all():
+                break
+            chosen = mix
         return chosen
 
     def _compare(self, inputs: dict[str, Any], far: Values, zero: Values, noise: float, decoding: bool = False) -> None:
@@ -350,10 +353,12 @@ def _first(output: Any) -> Tensor:
 
 def _median(one: Tensor, other: Tensor) -> float:
     """The relative difference at half of the positions of the row that is worst off: a choice of experts that rounding
-    flips moves a few positions, a wrong mix all."""
+    flips moves a few positions, a wrong mix all. What is finite in neither is no difference."""
     if one.shape != other.shape:
         return float("inf")
-    difference = (one.double() - other.double()).norm(dim=-1) / other.double().norm(dim=-1).clamp(min=1e-30)
+    lost = ~(one.isfinite() | other.isfinite())
+    one, other = (values.double().masked_fill(lost, 0) for values in (one, other))
+    difference = (one - other).norm(dim=-1) / other.norm(dim=-1).clamp(min=1e-30)
     return float(difference.nan_to_num(float("inf")).median(1).values.max())
 
 
