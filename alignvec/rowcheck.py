@@ -32,6 +32,7 @@ SLACK = 0.3  # relative difference of what is the same but for rounding and a fl
 KEPT = ("past_key_values", "cache_params", "state")  # of earlier tokens, by the names that models give it
 FAR = 0.5  # relative difference of logits
 NOISE = 5.0  # times the difference that running together makes under one mix
+SMALLEST = 2.0**-128  # of a coefficient that is tried
 
 Calls = dict[Edit, list[Any]]
 
@@ -77,16 +78,26 @@ class RowCheck:
             return []
 
     def _far(self, inputs: dict[str, Any], zero: Values, base: Tensor) -> Values:
-        """Coefficients under which a row is so different from the base that no rounding hides a wrong mix."""
-        chosen = tuple(1.0 for _ in zero)
-        for scale in (1.0, 4.0, 16.0, 64.0):
+        """Coefficients that keep a row finite, and so far from the base that no rounding hides a wrong mix."""
+
+        def under(scale: float) -> tuple[Values, Tensor]:
             mix = tuple(scale for _ in zero)
-            output, _ = self._forward(_row(inputs, 0), [mix])
-            if not bool(output.isfinite().all()):
-                break
-            chosen = mix
+            return mix, self._forward(_row(inputs, 0), [mix])[0]
+
+        scale = 1.0
+        chosen, output = under(scale)
+        while scale > SMALLEST and not output.isfinite().all() and base.isfinite().all():
+            scale /= 256
+            chosen, output = under(scale)
+        if not output.isfinite().all():
+            return tuple(1.0 for _ in zero)
+        for larger in (4 * scale, 16 * scale, 64 * scale):
             if _difference(output, base) > FAR:
                 break
+            mix, output = under(larger)
+            if not output.isfinite().all():
+                break
+            chosen = mix
         return chosen
 
     def _compare(self, inputs: dict[str, Any], far: Values, zero: Values, noise: float, decoding: bool = False) -> None:
@@ -342,10 +353,12 @@ def _first(output: Any) -> Tensor:
 
 def _median(one: Tensor, other: Tensor) -> float:
     """The relative difference at half of the positions of the row that is worst off: a choice of experts that rounding
-    flips moves a few positions, a wrong mix all."""
+    flips moves a few positions, a wrong mix all. What is finite in neither is no difference."""
     if one.shape != other.shape:
         return float("inf")
-    difference = (one.double() - other.double()).norm(dim=-1) / other.double().norm(dim=-1).clamp(min=1e-30)
+    lost = ~(one.isfinite() | other.isfinite())
+    one, other = (values.double().masked_fill(lost, 0) for values in (one, other))
+    difference = (one - other).norm(dim=-1) / other.norm(dim=-1).clamp(min=1e-30)
     return float(difference.nan_to_num(float("inf")).median(1).values.max())
 
 

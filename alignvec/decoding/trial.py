@@ -27,6 +27,7 @@ LENGTHS = (5, 3)  # tokens before the one that is tried, of two rows
 _BEYOND = 2  # places behind the longest row, which must not be seen
 _SLACK = {torch.float16: 3e-2, torch.bfloat16: 1e-1}  # of logits; another function is off by all of it
 _LEAST_SLACK = 1e-3
+_SCALES = (1.0, *(2.0**-places for places in range(8, 136, 8)), 1.0)  # of coefficients
 
 
 class OwnForwardError(AlignvecError):
@@ -49,12 +50,15 @@ class Trial:
         self._lengths = LENGTHS[:rows]
         last = room - 1
         self._far = (last, last // 2)[:rows] if last > max(LENGTHS) else ()
-        self._mixes = _mixes(coefficients, rows, apart)
         self._ids = _tokens(model, rows)
-        self._wanted = [
-            self._own(mix, self._ids[row : row + 1, : length + 1], None)
-            for row, (length, mix) in enumerate(zip(self._lengths, self._mixes, strict=True))
-        ]
+        for scale in _SCALES:  # down to where the logits are finite
+            self._mixes = _mixes(coefficients, rows, apart, scale)
+            self._wanted = [
+                self._own(mix, self._ids[row : row + 1, : length + 1], None)
+                for row, (length, mix) in enumerate(zip(self._lengths, self._mixes, strict=True))
+            ]
+            if coefficients is None or all(bool(own.isfinite().all()) for own in self._wanted):
+                break
         self.prompted = DynamicCache()
         with lent(coefficients, self._mixes):
             model.base_model(input_ids=self._ids[:, :-1], past_key_values=self.prompted, use_cache=True)
@@ -114,8 +118,10 @@ class Trial:
         with lent(self._coefficients, self._mixes):
             got = build(cache)(last).float()
         truth = torch.stack(list(wanted))
+        lost = ~(truth.isfinite() | got.isfinite())  # in both alike
+        truth, got = truth.masked_fill(lost, 0), got.masked_fill(lost, 0)
         truth, got = truth - truth.mean(-1, keepdim=True), got - got.mean(-1, keepdim=True)
-        error = float(((got - truth).norm(dim=-1) / truth.norm(dim=-1)).max())
+        error = float(((got - truth).norm(dim=-1) / truth.norm(dim=-1).clamp(min=1e-30)).max())
         return None if error <= _SLACK.get(cache.layers[0][0].dtype, _LEAST_SLACK) else error
 
     def _random(self) -> RowCache:
@@ -134,7 +140,7 @@ class Trial:
             if keys.data_ptr() in seen:
                 continue
             seen.add(keys.data_ptr())
-            key_size, value_size = (float(each.float().pow(2).mean().sqrt()) for each in own)
+            key_size, value_size = (float(each.double().pow(2).mean().sqrt()) for each in own)
             keys.copy_(torch.randn(keys.shape, generator=generator, device=device) * key_size)
             shape = values.shape[1], 64, values.shape[3]
             distinct = torch.randn(shape, generator=generator, device=device).to(values) * value_size
@@ -176,8 +182,8 @@ def _tokens(model: Any, rows: int) -> Tensor:
     return ids.to(model.get_input_embeddings().weight.device)
 
 
-def _mixes(coefficients: Coefficients | None, rows: int, apart: bool) -> list[Values | None]:
+def _mixes(coefficients: Coefficients | None, rows: int, apart: bool, scale: float) -> list[Values | None]:
     if coefficients is None:
         return [None] * rows
     count = len(coefficients.names)
-    return [(0.0 if apart and row % 2 else 1.0,) * count for row in range(rows)]
+    return [(0.0 if apart and row % 2 else scale,) * count for row in range(rows)]

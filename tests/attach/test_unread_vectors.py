@@ -71,6 +71,20 @@ def test_dense(backend: str, architecture: str, execution: str, tokens: int) -> 
     assert not torch.equal(found[1], expected[1])
 
 
+@pytest.mark.parametrize("execution", ["auto", "split"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+@torch.no_grad()
+def test_rows_of_experts_are_told_apart_beside_infinity(dtype: torch.dtype, execution: str) -> None:
+    """At coefficient 1 these models compute infinity, in split under any other coefficient as well."""
+    model = model_of("Mixtral", dtype).to(DEVICE)
+    generator = torch.Generator().manual_seed(1)
+    tame = AlignmentVector({n: torch.randn(p.shape, generator=generator) for n, p in model.named_parameters()})
+    expected, found = (_logits(model, own, "auto", execution, 8) for own in (tame, _overflowing(tame)))
+    assert expected[0].isfinite().all()
+    assert torch.equal(found[0], expected[0])
+    assert not found[1].isfinite().all()
+
+
 @pytest.mark.parametrize("name", [name for name in FORMATS if not name.startswith(("lossless", "int"))])
 @pytest.mark.parametrize("backend", ["torch", "cpp"])
 @torch.no_grad()
