@@ -96,12 +96,13 @@ class Uses:
     def convert(self, folder: Path) -> None:
         base = self.whole / "base"
         for format in (None, "int8"):
-            made = alignvec.convert(folder, self._output(), format, base=base)
+            vector = alignvec.load(folder)  # the one that is compared: files may change between two loads
+            made = alignvec.convert(vector, self._output(), format, base=base)
             assert made is not None
             made = made.with_base(base) if made.needs_base else made
             self._read(made)
             if format is None:
-                self._same(self._load(folder), made, 0.0)
+                self._same(self._bound(vector), made, 0.0)
 
     def check(self, folder: Path) -> None:
         vector = self._load(folder)
@@ -112,8 +113,7 @@ class Uses:
     def save(self, folder: Path) -> None:
         vector = alignvec.load(folder)
         vector.save(self._output())
-        made, vector = self._load(self.scratch / "output"), self._load(folder)
-        self._same(vector, made, 0.0)
+        self._same(self._bound(vector), self._load(self.scratch / "output"), 0.0)
 
     def peft(self, folder: Path) -> None:
         vector = self._load(folder)
@@ -151,7 +151,9 @@ class Uses:
         alignvec.merge(self.whole / "base", {"v": vector}, {"v": 0.5}, self._output(), tokenizer=folder)
 
     def _load(self, folder: Path) -> alignvec.AlignmentVector:
-        vector = alignvec.load(folder)
+        return self._bound(alignvec.load(folder))
+
+    def _bound(self, vector: alignvec.AlignmentVector) -> alignvec.AlignmentVector:
         return vector.with_base(self.whole / "base") if vector.needs_base else vector
 
     def _read(self, vector: alignvec.AlignmentVector) -> None:
