@@ -225,7 +225,8 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _advice(path: Path) -> str:
-    if (path / "adapter_config.json").is_file() and (path / "adapter_model.safetensors").is_file():
+    pickled_alone = (path / "adapter_model.bin").is_file() and not (path / "adapter_model.safetensors").is_file()
+    if (path / "adapter_config.json").is_file() and not pickled_alone:
         return "it is a PEFT adapter, which from_peft reads"
     pickled = path.suffix in (pattern[1:] for pattern in PICKLES) or (
         path.is_dir() and any(next(path.glob(pattern), None) for pattern in PICKLES)

@@ -110,6 +110,9 @@ def test_unmerged_adapters_and_quantised_checkpoints_are_named(tmp_path: Path) -
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     with pytest.raises(AlignvecError, match="PEFT adapter, which from_peft reads"):
         extract(left, tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(AlignvecError, match="pickled checkpoints are not read"):
+        extract(left, tmp_path / "adapter")
     name = "model.layers.1.mlp.up_proj.weight"
     packed = {**after, name: torch.zeros(444, 1, dtype=torch.uint8)}
     four = write_checkpoint(tmp_path / "four", packed, quantization_config={"quant_method": "bitsandbytes"})
